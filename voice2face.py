@@ -101,8 +101,8 @@ class MatchSettings:
     preset: str = setting("small", "small fits two CPU cores, paper is the paper's scale", choices=("small", "paper"))
     direction: str = setting("v-f", "what is trained: a face for a voice, or the reverse", "[paper §3.1]", ("v-f", "f-v"))
     k: int = setting(10, "candidates per matching task in training", "[paper §4]")
-    steps: int = setting(900, "training steps")
-    batch: int = setting(64, "clips per step")
+    steps: int = setting(1500, "training steps")
+    batch: int = setting(32, "clips per step")
     seed: int = setting(0, "seed of weights, batches and candidates")
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...")
     workers: int = setting(1, "loader processes; 0 loads in the training process")
@@ -111,14 +111,15 @@ class MatchSettings:
     sinc_stride: int = setting(8, "stride of the sinc layer (PASE: 1)")
     speech_width: int = setting(16, "filters of the sinc layer; later layers are multiples (PASE: 64)")
     face_width: int = setting(16, "channels of the first face block; later ones are multiples (SNGAN: 64)")
-    length: float = setting(3.5, "length of every embedding: its square is the softmax's largest logit")
-    lr: float = setting(0.1, "peak learning rate of SGD, reached after a tenth of the steps, then a cosine to 0")
+    length: float = setting(4.5, "length of every embedding: its square is the softmax's largest logit")
+    lr: float = setting(0.05, "peak learning rate of SGD, reached after a tenth of the steps, then a cosine to 0")
     momentum: float = setting(0.9, "momentum of SGD")
     weight_decay: float = setting(1e-4, "weight decay of SGD")
+    sinc_lr: float = setting(1e4, "learning rate of the sinc cut-offs, relative to lr: they are in Hz, their gradients tiny")
     max_norm: float = setting(1.0, "gradients of all weights together are shortened to this length")
     runs: int = setting(5, "repetitions of the test with fresh windows and negatives", "[paper §4.2]")
-    eval_every: int = setting(150, "steps between validations")
-    log_every: int = setting(25, "steps between log lines")
+    eval_every: int = setting(300, "steps between validations")
+    log_every: int = setting(50, "steps between log lines")
 
 
 PAPER = dict(seconds=6.0, size=128, sinc_stride=1, speech_width=64, face_width=64, steps=200_000,
@@ -504,7 +505,7 @@ def check_data(data, k=10):
 # 3. Synthetic corpus: voices by source and filter, drawn faces, known factors   [all of it ours]
 # ==================================================================================================
 
-SHARED = {"gender": 2, "age": 4, "tract": 4, "nose": 3}  # what voice and face share: factor -> levels
+SHARED = {"gender": 2, "age": 4, "tract": 4, "build": 3}  # what voice and face share: factor -> levels
 HAIR = [(38, 30, 28), (84, 52, 32), (132, 80, 40), (212, 172, 100), (160, 66, 34), (96, 94, 104)]
 SKIN = [(255, 224, 200), (246, 204, 172), (224, 176, 136), (184, 132, 94), (136, 92, 66)]
 VOWELS = np.array([  # formants in Hz of a e i o u and the neutral vowel, after Peterson and Barney (1952)
@@ -522,31 +523,33 @@ def draw_factors(rng):
     face = dict(background=rng.uniform(0, 1), light=rng.uniform(-1, 1), tilt=rng.uniform(-12, 12),
                 glasses=int(rng.random() < 0.35), hair=int(rng.integers(len(HAIR))),
                 skin=int(rng.integers(len(SKIN))), clothes=rng.uniform(0, 1), iris=int(rng.integers(3)))
-    voice = dict(pitch=rng.normal(0, 0.06), loudness=rng.uniform(0.1, 0.7), tempo=rng.uniform(3, 5))
+    voice = dict(pitch=rng.normal(0, 0.04), loudness=rng.uniform(0.1, 0.7), tempo=rng.uniform(3, 5))
     return shared | face | voice
 
 
 def shared_levels(person):
-    """The shared factors scaled to 0 ... 1: (gender, age, tract, nose), gender 1 being male."""
+    """The shared factors scaled to 0 ... 1: (gender, age, tract, build), gender 1 being male."""
     return [person[name] / (levels - 1) for name, levels in SHARED.items()]
 
 
 def synth_source(person, L, hop, rng):
     """Excitation (L * hop,) of a speaker, and the times of its syllables in s.
 
-    Glottal pulses follow an intonation; with age the periods (jitter), the heights (shimmer) and the
-    breath noise grow. One syllable in seven is a pause.
+    Glottal pulses follow an intonation; with age they get slower, less regular in time (jitter) and in height
+    (shimmer), and breathier. One syllable in seven is a pause.
     """
     n, (male, age, _, _) = L * hop, shared_levels(person)
     seconds = np.arange(n) / RATE
     syllables = np.cumsum(rng.uniform(0.7, 1.3, int(2 * n / RATE * person["tempo"]))) / person["tempo"]
     tune = np.interp(seconds, syllables, rng.normal(size=len(syllables)))
-    f0 = (115 if male else 210) * np.exp(person["pitch"] + 0.12 * tune)  # Hz
+    f0 = (120 if male else 225) * np.exp(person["pitch"] - 0.35 * age + 0.1 * tune)  # Hz
     jitter, shimmer = np.repeat(rng.normal(size=(2, n // 64)), 64, axis=1)  # new every 4 ms
     phase = np.cumsum(f0 * (1 + (0.004 + 0.05 * age**2) * jitter)) / RATE
     pulses = np.diff(np.floor(phase), prepend=0) * np.sqrt(RATE / f0)  # a pulse where a period ends
     pulses *= 1 + (0.02 + 0.3 * age) * shimmer.clip(-2, 2)
-    breath = (0.05 + 0.5 * age) * rng.normal(size=n)
+    slope = 1 / (1 + 1j * np.fft.rfftfreq(n, 1 / RATE) / 700)  # of the glottal pulses: 6 dB per octave above 700 Hz
+    pulses = np.fft.irfft(np.fft.rfft(pulses) * slope, n)
+    breath = (0.02 + 0.5 * age) * rng.normal(size=n)
     stress = np.where(rng.random(len(syllables) + 1) < 1 / 7, 0, rng.uniform(0.5, 1, len(syllables) + 1))
     envelope = stress[np.searchsorted(syllables, seconds)]
     fade = np.hanning(1200)  # 75 ms
@@ -555,7 +558,7 @@ def synth_source(person, L, hop, rng):
 
 def synth_speech(person, rng, hop=256, fft=1024):
     """A clip of a person's speech, int16 (samples,): frames of the source filtered by the vocal tract."""
-    L, (male, age, tract, nose) = int(CLIP_SECONDS * RATE) // hop, shared_levels(person)
+    L, (male, age, tract, build) = int(CLIP_SECONDS * RATE) // hop, shared_levels(person)
     source, syllables = synth_source(person, L, hop, rng)
     frames = np.lib.stride_tricks.sliding_window_view(np.pad(source, (0, 2 * hop)), 2 * hop)[::hop][:L]
     vowels = VOWELS[rng.integers(len(VOWELS), size=len(syllables))]  # what is said
@@ -567,9 +570,9 @@ def synth_speech(person, rng, hop=256, fft=1024):
     for k, width in enumerate(BANDWIDTHS * (1 + age)):
         F2 = np.float32(formants[:, k:k + 1] ** 2)
         response *= F2 / (F2 - np.float32(f**2) + np.complex64(1j) * np.float32(f * width))  # a resonance per formant
-    voice_slope = 1 / (1 + 1j * f / 900) * f / (f + 200)  # glottis and lips
-    nasal = 1 - 0.95 * nose * np.exp(-((f - 900 * scale) / 350) ** 2) + 2 * nose * np.exp(-((f - 270) / 80) ** 2)
-    spectra = np.fft.rfft(frames * np.hanning(2 * hop + 1)[:-1], fft) * response * (voice_slope * nasal)
+    lips = f / (f + 200)
+    chest = 1 + build * (2 * np.exp(-((f - 270) / 80) ** 2) - 0.95 * np.exp(-((f - 900 * scale) / 350) ** 2))
+    spectra = np.fft.rfft(frames * np.hanning(2 * hop + 1)[:-1], fft) * response * (lips * chest)
     pieces = np.fft.irfft(spectra, fft).reshape(L, -1, hop)  # (L, fft/hop, hop), to be added at frame + piece
     speech = np.zeros((L + pieces.shape[1], hop))
     for k in range(pieces.shape[1]):
@@ -594,12 +597,12 @@ class Pen:
 
     def __init__(self, image, tilt):
         self.draw, self.half = ImageDraw.Draw(image), image.width / 2
-        self.cos, self.sin = 1.16 * math.cos(math.radians(tilt)), 1.16 * math.sin(math.radians(tilt))
+        self.cos, self.sin = 1.08 * math.cos(math.radians(tilt)), 1.08 * math.sin(math.radians(tilt))
 
     def place(self, points):
         """Face coordinates to pixels."""
         return [(self.half * (1 + x * self.cos - (y - 0.8) * self.sin),
-                 self.half * (1.98 + x * self.sin + (y - 0.8) * self.cos)) for x, y in points]
+                 self.half * (1.88 + x * self.sin + (y - 0.8) * self.cos)) for x, y in points]
 
     def fill(self, points, color):
         self.draw.polygon(self.place(points), fill=color)
@@ -614,14 +617,15 @@ class Pen:
 
 
 def draw_head(pen, person):
-    """Hair, neck, ears and head: gender gives the hair's length and the jaw, the vocal tract the proportions."""
-    male, age, tract, _ = shared_levels(person)
+    """Hair, neck, ears and head: gender gives hair and jaw, the tract the proportions, build neck and shoulders."""
+    male, age, tract, build = shared_levels(person)
     skin, hair = SKIN[person["skin"]], HAIR[person["hair"]]
     dark, w, h = blend(skin, (60, 30, 30), 0.2), 0.55 - 0.12 * tract, 0.58 + 0.12 * tract
     if not male:
         pen.oval(0, 0.12, w + 0.17, 0.86, blend(hair, (0, 0, 0), 0.2), power=2.6)
-    pen.oval(0, 1.5, 0.9, 0.62, tint(person["clothes"], 0.45, 0.65))
-    pen.fill([(-0.19, 0.3), (0.19, 0.3), (0.21, 0.98), (-0.21, 0.98)], dark)
+    neck = 0.12 + 0.2 * build
+    pen.oval(0, 1.5 - 0.14 * build, 0.7 + 0.35 * build, 0.72, tint(person["clothes"], 0.45, 0.65))
+    pen.fill([(-neck, 0.3), (neck, 0.3), (1.1 * neck, 0.88), (0, 0.96), (-1.1 * neck, 0.88)], dark)
     for x in (-w, w):
         pen.oval(x, 0.02, 0.08, 0.14, dark)
     pen.oval(0, -0.2, w + 0.07, h, hair, power=2.2)
@@ -645,7 +649,7 @@ def draw_head(pen, person):
 
 def draw_features(pen, person):
     """Brows, eyes, nose and glasses: brows whiten and eyes narrow with age."""
-    male, age, _, nose = shared_levels(person)
+    male, age, _, _ = shared_levels(person)
     skin, hair, black = SKIN[person["skin"]], HAIR[person["hair"]], (30, 26, 30)
     iris = [(76, 118, 160), (84, 56, 40), (92, 130, 88)][person["iris"]]
     brow, eye = blend(blend(hair, (0, 0, 0), 0.3), (228, 228, 228), age**2), 0.075 - 0.025 * age
@@ -657,12 +661,12 @@ def draw_features(pen, person):
         pen.line([(x - 0.11, -0.045), (x - 0.05, -0.05 - eye), (x + 0.05, -0.05 - eye), (x + 0.11, -0.045)],
                  black, 0.02 if male else 0.034)
         pen.line([(x - side * 0.11, -0.185), (x + side * 0.02, -0.225), (x + side * 0.13, -0.19)], brow, 0.062 if male else 0.032)
-    w, y, shadow = 0.055 + 0.085 * nose, 0.16 + 0.03 * nose, blend(skin, (60, 30, 30), 0.2)
-    pen.fill([(-0.035, -0.06), (0.035, -0.06), (w, y), (-w, y)], shadow)
-    pen.oval(0, y, 1.15 * w, 0.05 + 0.025 * nose, shadow)
-    pen.oval(-0.01, y - 0.03, 0.55 * w, 0.05, blend(skin, (255, 255, 255), 0.15))
+    shadow = blend(skin, (70, 30, 30), 0.3)
+    pen.fill([(-0.03, -0.06), (0.03, -0.06), (0.1, 0.16), (-0.1, 0.16)], shadow)
+    pen.oval(0, 0.16, 0.11, 0.06, shadow)
+    pen.oval(-0.01, 0.13, 0.05, 0.04, blend(skin, (255, 255, 255), 0.2))
     for side in (-1, 1):
-        pen.oval(side * 0.6 * w, y + 0.02, 0.02, 0.014, blend(skin, (60, 30, 30), 0.6))
+        pen.oval(side * 0.06, 0.18, 0.022, 0.015, blend(skin, (60, 30, 30), 0.7))
     if person["glasses"]:
         for side in (-1, 1):
             pen.line([(side * 0.215 + 0.16 * np.cos(a), 0.125 * np.sin(a) - 0.045) for a in [*OVAL, OVAL[0]]], black, 0.026)
@@ -684,8 +688,8 @@ def synth_faces(person, openings):
     for opening in openings:
         frame = portrait.copy()
         pen = Pen(frame, person["tilt"])
-        pen.oval(0, 0.36, 0.15, 0.03 + 0.07 * opening, lips)
-        pen.oval(0, 0.36, 0.11, 0.004 + 0.055 * opening, (96, 32, 38))
+        pen.oval(0, 0.37, 0.15, 0.03 + 0.07 * opening, lips)
+        pen.oval(0, 0.37, 0.11, 0.004 + 0.055 * opening, (96, 32, 38))
         faces.append(ImageChops.multiply(frame.reduce(OVERSAMPLE), light))
     return faces
 
@@ -807,7 +811,8 @@ class SpeechEncoder(nn.Module):
         self.head = nn.Linear(widths[-1], EMBED)
 
     def frames(self, x):
-        """(B, T) -> (B, C, L), L = T / 160 with PASE's strides."""
+        """(B, T) -> (B, C, L), L = T / 160 with PASE's strides; the loudness is taken out first [ours]."""
+        x = x / (x.std(1, keepdim=True) + SILENCE)  # (B, T)
         for conv, norm, act in zip(self.convs, self.norms, self.acts):
             x = x if isinstance(conv, SincConv) else pad_same(x, conv.kernel_size[0])
             x = act(norm(conv(x)))
@@ -1151,7 +1156,10 @@ def match_train(cfg):
     generator = torch.Generator().manual_seed(cfg.seed)
     encoders = speech_encoder, face_encoder = make_encoders(cfg, device)
     weights = [weight for encoder in encoders for weight in encoder.parameters()]
-    optimizer = torch.optim.SGD(weights, cfg.lr, cfg.momentum, weight_decay=cfg.weight_decay)  # [paper §4.1]
+    cut_offs = list(speech_encoder.convs[0].parameters())
+    optimizer = torch.optim.SGD([{"params": [weight for weight in weights if all(weight is not c for c in cut_offs)]},
+                                 {"params": cut_offs, "lr": cfg.lr * cfg.sinc_lr, "weight_decay": 0.0}],
+                                cfg.lr, cfg.momentum, weight_decay=cfg.weight_decay)  # [paper §4.1]
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, cfg))
     pairs = Pairs(corpus["train"], cfg.seconds, cfg.size, cfg.batch, cfg.seed, shuffle=True)
     log, faults, best = RunLog(out, cfg.steps, device), FaultCounter(), -1.0
