@@ -65,7 +65,7 @@ def plain_corpus(root, people=4, splits=v.SPLITS):
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
-    """A small synthetic corpus: 80 identities, 64 / 5 / 11."""
+    """A small synthetic corpus: 80 identities, 63 / 5 / 12."""
     root = tmp_path_factory.mktemp("data") / "corpus"
     assert v.main(["make-data", str(root), "--identities", "80", "--seed", "3"]) == 0
     return root
@@ -213,7 +213,7 @@ def test_candidates_over_thousands_of_draws():
     others = identity[:, None] != identity[None, :]
     expected = 3000 * 4 / others.sum(1, keepdim=True).numpy()
     assert (abs(counts - expected)[others.numpy()] < 5 * np.sqrt(3000 / 4)).all()  # 5 sigma of a fair draw
-    with pytest.raises(ValueError, match="K = 9 needs 8 clips of other identities in a batch, one clip has 7"):
+    with pytest.raises(ValueError, match="K = 9 needs 8 clips of other identities per batch, one has 7"):
         v.draw_candidates(identity, 9, generator)
 
 
@@ -257,7 +257,7 @@ def test_untrained_networks_score_chance(corpus):
     torch.manual_seed(0)
     cfg = v.MatchSettings(seconds=0.25, size=32, sinc_stride=8, speech_width=4, face_width=4, batch=32, workers=0)
     people = v.open_corpus(corpus, 4)["train"]
-    scores = [v.test_matching(v.make_encoders(cfg, torch.device("cpu")), people, {}, cfg, 2, torch.device("cpu")) for _ in range(3)]
+    scores = [v.evaluate_matching(v.make_encoders(cfg, torch.device("cpu")), people, {}, cfg, 2, torch.device("cpu")) for _ in range(3)]
     for direction in ("v-f", "f-v"):
         assert np.mean([s[f"{direction}/2"] for s in scores]) == pytest.approx(50, abs=8)
         assert np.mean([s[f"{direction}/10"] for s in scores]) == pytest.approx(10, abs=5)
@@ -395,10 +395,10 @@ def test_batches_are_a_function_of_their_number(corpus):
     a, b = make(0)[5], make(0)[5]
     assert torch.equal(a.speech, b.speech) and torch.equal(a.faces, b.faces) and torch.equal(a.identity, b.identity)
     assert not torch.equal(a.speech, make(1)[5].speech) and not torch.equal(a.speech, make(0)[6].speech)
-    epoch = torch.cat([make(0)[i].identity for i in range(3)])  # 3 batches of 20 from 64 identities
+    epoch = torch.cat([make(0)[i].identity for i in range(3)])  # 3 batches of 20 from 63 identities
     assert len(epoch.unique()) == 60
     test = v.Pairs(people, 0.25, 32, 20, 0, shuffle=False)
-    assert [int(i) for n in range(len(test)) for i in test[n].identity] == [p for p in range(64) for _ in range(2)]
+    assert [int(i) for n in range(len(test)) for i in test[n].identity] == [p for p in range(63) for _ in range(2)]
 
 
 def test_batches_larger_than_the_corpus_keep_enough_negatives(tmp_path):
@@ -440,7 +440,7 @@ def test_unreadable_files_are_named_replaced_and_counted(tmp_path, capsys):
             int(re.sub(r"\D", "", pairs.names[p])) for p in batch.identity]
         faults.add(batch)
     assert faults.faults == 10 and str(bad) in capsys.readouterr().err
-    with pytest.raises(v.UserError, match=r"11 of 311 samples could not be read, more than 1 in 100.*speech\.wav"):
+    with pytest.raises(v.UserError, match=r"11 of 326 samples could not be read, more than 1 in 100.*speech\.wav"):
         for i in range(20, 30):
             faults.add(pairs[i])
 
@@ -488,11 +488,10 @@ def test_gender_is_heard_as_pitch():
 
 
 def test_a_few_real_steps_lower_the_loss(corpus, tmp_path):
-    tiny = TINY.copy()
-    tiny[1] = "60"
-    v.main(["match-train", "--data", str(corpus), "--out", str(tmp_path), *tiny, "--batch", "32", "--eval-every", "60", "--log-every", "10"])
+    v.main(["match-train", "--data", str(corpus), "--out", str(tmp_path), *TINY, "--batch", "32", "--steps", "200",
+            "--speech-width", "8", "--face-width", "8", "--seconds", "0.5", "--eval-every", "200", "--log-every", "40"])
     losses = [json.loads(line)["loss"] for line in open(tmp_path / "log.jsonl")]
-    assert len(losses) == 6 and losses[-1] < math.log(4) - 0.1 < losses[0]
+    assert len(losses) == 5 and losses[-1] < math.log(4) - 0.2 < math.log(4) - 0.1 < losses[0]  # from log K downwards
 
 
 def test_run_folder(trained, corpus):
@@ -504,7 +503,7 @@ def test_run_folder(trained, corpus):
     for key in ("v-f/2", "v-f/10", "f-v/2", "f-v/10"):
         assert {key, key + "/std", "oracle/" + key} <= set(metrics) and 0 <= metrics[key] <= 100
     assert {"v-f/2/gender", "oracle/f-v/2/gender"} <= set(metrics)
-    assert "v-f/10/gender" not in metrics  # 11 test identities have not ten of each gender
+    assert "v-f/10/gender" not in metrics  # 12 test identities have not ten of each gender
 
 
 def test_match_test_repeats_the_metrics(trained, corpus, tmp_path, capsys):
@@ -577,8 +576,8 @@ def test_help_shows_meaning_source_and_default(capsys):
     text = " ".join(capsys.readouterr().out.split())
     for f in fields(v.MatchSettings):
         assert f"--{f.name.replace('_', '-')}" in text
-    assert "candidates per matching task in training [paper §4] (default 10)" in text
-    assert "(default 64, in preset paper 128)" in text
+    assert "candidates of a matching task in training [paper §4] (default: 10)" in text
+    assert "(default: 64, paper: 128)" in text
 
 
 def test_importing_does_nothing(tmp_path):
@@ -605,7 +604,7 @@ def test_structural_faults_stop_match_train_with_one_line(tmp_path, capsys):
     def few(root): shutil.rmtree(root / "train/train3")
     def fine(root): pass
 
-    assert "val: split missing" in line(no_val) and "train0: identity is also in split train" in line(two_splits)
+    assert "val: split missing" in line(no_val) and "train0: identity is also in train" in line(two_splits)
     assert "val1: identity without speech" in line(no_speech) and "test2: identity without faces" in line(no_faces)
     assert "train: 3 identities, at least K = 4" in line(few)
     assert "--batch 3" in line(fine, "--batch", "3") and "--k 1" in line(fine, "--k", "1")
