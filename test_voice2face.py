@@ -17,6 +17,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 import wave
 from dataclasses import asdict, fields, replace
@@ -495,7 +496,7 @@ def test_a_few_real_steps_lower_the_loss(corpus, tmp_path):
 
 
 def test_run_folder(trained, corpus):
-    assert {"settings.json", "log.jsonl", "best.pt", "last.pt", "metrics.json"} == {p.name for p in trained.iterdir()}
+    assert {"settings.json", "log.jsonl", "best.pt", "last.pt", "metrics.json", "examples.png"} == {p.name for p in trained.iterdir()}
     log = [json.loads(line) for line in open(trained / "log.jsonl")]
     assert [line["step"] for line in log] == [1, 2, 3, 4]
     assert all({"loss", "accuracy", "clips_per_s", "peak_memory_gb"} <= set(line) for line in log)
@@ -683,23 +684,23 @@ def test_check_data_lists_every_fault(tmp_path, capsys):
 def bench():
     """Print the loader's pairs per second and core at the paper's scale, and what a step costs with K = 2 and 10."""
     torch.set_num_threads(1)
-    root = Path(sys.argv[2] if len(sys.argv) > 2 else "data/bench")
-    if not root.exists():
-        for i in range(400):
-            write_wav(root / f"p{i}" / "c" / "s.wav", noise(16000 * 10, i))
-            pixels = np.asarray(v.synth_faces(v.draw_factors(np.random.default_rng(i)), [0.5])[0])
-            Image.fromarray(pixels).save(root / f"p{i}" / "c" / "5000.jpg", quality=92)
+    root = Path(tempfile.mkdtemp())
+    for i in range(200):
+        write_wav(root / f"p{i}" / "c" / "s.wav", noise(16000 * 10, i))
+        pixels = v.synth_faces(v.draw_factors(np.random.default_rng(i)), [0.5])[0]
+        pixels.save(root / f"p{i}" / "c" / "5000.jpg", quality=92)
     pairs = v.Pairs({p.name: v.list_clips(p) for p in sorted(root.iterdir())}, 6.0, 128, 40, 0, shuffle=True)
     rates = []
     for i in range(30):
         start = time.perf_counter()
         pairs[i]
         rates.append(40 / (time.perf_counter() - start))
+    shutil.rmtree(root)
     print(f"loader, 6 s of 16 kHz PCM with a 128x128 JPEG, one core: median {np.median(rates[10:]):.0f} pairs/s")
     torch.set_num_threads(2)
     cfg = v.MatchSettings()
     speech_encoder, face_encoder = v.make_encoders(cfg, torch.device("cpu"))
-    speech, faces, identity = torch.randn(64, int(16000 * cfg.seconds)), torch.randn(64, 3, 64, 64), torch.arange(64)
+    speech, faces, identity = torch.randn(cfg.batch, int(16000 * cfg.seconds)), torch.randn(cfg.batch, 3, cfg.size, cfg.size), torch.arange(cfg.batch)
     times = {2: [], 10: []}
     for i in range(40):
         for k in times:
@@ -708,7 +709,15 @@ def bench():
             v.match_loss(speech_encoder(speech), face_encoder(faces), candidates, "v-f")[0].backward()
             times[k].append(time.perf_counter() - start)
     two, ten = (np.median(times[k][5:]) for k in (2, 10))
-    print(f"a small step (64 clips, forward and backward): K = 2 {1000 * two:.0f} ms, K = 10 {1000 * ten:.0f} ms, ratio {ten / two:.3f}")
+    print(f"a step of preset small, forward and backward: K = 2 {1000 * two:.0f} ms, K = 10 {1000 * ten:.0f} ms, ratio {ten / two:.3f}")
+    with tempfile.TemporaryDirectory() as crowd:
+        for i in range(100_000):
+            clip = Path(crowd, "train", f"p{i // 10}", f"c{i}")
+            clip.mkdir(parents=True)
+            (clip / "speech.wav").touch(), (clip / "0.jpg").touch()
+        start = time.perf_counter()
+        v.open_corpus(crowd, 10, ("train",))
+        print(f"opening 100,000 clips: {time.perf_counter() - start:.1f} s")
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torchaudio
-from PIL import Image, ImageChops, ImageDraw, ImageOps
+from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageOps
 from torch import nn
 from torch.nn import functional as F
 
@@ -118,7 +118,7 @@ class MatchSettings:
                                 low=1)
     face_width: int = setting(16, "channels of the first block, unit of all widths; 64 in [SNGAN]",
                               low=1)
-    length: float = setting(4.5, "length of an embedding; its square is the largest logit", low=0.1)
+    length: float = setting(3.5, "length of an embedding; its square is the largest logit", low=0.1)
     lr: float = setting(0.05, "peak learning rate of SGD", low=0)
     sinc_lr: float = setting(1e4, "that of the sinc cut-offs, in units of lr: they are in Hz",
                              low=0)
@@ -573,7 +573,7 @@ def synth_source(person, L, rng):
     pulses *= 1 + (0.02 + 0.3 * age) * shimmer.clip(-2, 2)
     slope = 1 / (1 + 1j * np.fft.rfftfreq(n, 1 / RATE) / 700)  # glottis: -6 dB/octave from 700 Hz
     pulses = np.fft.irfft(np.fft.rfft(pulses) * slope, n)
-    breath = (0.02 + 0.5 * age) * rng.normal(size=n)
+    breath = (0.02 + 0.8 * age) * rng.normal(size=n)
     stress = np.where(rng.random(count + 1) < 1 / 7, 0, rng.uniform(0.5, 1, count + 1))
     fade = np.hanning(1200)  # 75 ms
     loudness = np.convolve(stress[np.searchsorted(syllables, seconds)], fade / fade.sum(), "same")
@@ -647,7 +647,8 @@ def draw_head(pen, person):
     skin, hair = SKIN[person["skin"]], HAIR[person["hair"]]
     dark, w, h = blend(skin, SHADOW, 0.2), 0.55 - 0.12 * tract, 0.58 + 0.12 * tract
     if not male:
-        pen.oval(blend(hair, BLACK, 0.25), 0, 0.12, w + 0.17, 0.86, power=2.6)
+        long = 0.9 - 0.35 * age  # hair gets shorter
+        pen.oval(blend(hair, BLACK, 0.25), 0, long - 0.76, w + 0.19 - 0.06 * age, long, power=2.6)
     neck = 0.12 + 0.2 * build
     pen.oval(tint(person["clothes"], 0.45, 0.65), 0, 1.5 - 0.14 * build, 0.7 + 0.35 * build, 0.72)
     pen.fill(dark, [(-neck, 0.3), (neck, 0.3), (1.1 * neck, 0.88), (0, 0.96), (-1.1 * neck, 0.88)])
@@ -661,16 +662,16 @@ def draw_head(pen, person):
                0.985 * h * np.sin(turn) - 0.08)
         cheeks = (-0.5 * w, 0.26), (0, 0.22), (0.5 * w, 0.26)
         pen.fill(blend(skin, (70, 60, 64), 0.22), [*zip(*jaw), *cheeks])
-    line = 0.22 - h - 0.12 * age  # the hairline climbs with age
+    line = 0.24 - h - 0.22 * age  # the hairline climbs with age
     crown = (w + 0.06) * np.cos(TURN[24:]), (h + 0.07) * np.sin(TURN[24:]) - 0.14
     pen.fill(hair, [*zip(*crown), (0.97 * w, -0.2), (0.72 * w, line + 0.1), (0.1 * w, line),
                     (-0.6 * w, line + 0.13), (-0.97 * w, -0.2)])
-    crease = blend(skin, (90, 50, 50), 0.55 * age)
+    crease = blend(skin, (90, 50, 50), 0.25 + 0.45 * age)
     for y in line + 0.16 + 0.09 * np.arange(round(3 * age)):
-        pen.line(crease, 0.022, [(-0.5 * w, y + 0.02), (0, y), (0.5 * w, y + 0.02)])
+        pen.line(crease, 0.028, [(-0.5 * w, y + 0.02), (0, y), (0.5 * w, y + 0.02)])
     for side in (-1, 1) if age else ():
-        pen.line(crease, 0.03, [(side * 0.13, 0.17), (side * 0.22, 0.28), (side * 0.235, 0.4)])
-        pen.line(crease, 0.035, [(side * 0.13, 0.05), (side * 0.22, 0.09), (side * 0.32, 0.05)])
+        pen.line(crease, 0.036, [(side * 0.13, 0.17), (side * 0.22, 0.28), (side * 0.235, 0.4)])
+        pen.line(crease, 0.045, [(side * 0.13, 0.05), (side * 0.22, 0.09), (side * 0.32, 0.05)])
 
 
 def draw_features(pen, person):
@@ -678,7 +679,7 @@ def draw_features(pen, person):
     male, age, _, _ = shared_levels(person)
     skin, iris = SKIN[person["skin"]], IRIS[person["iris"]]
     brow = blend(blend(HAIR[person["hair"]], BLACK, 0.4), (228, 228, 228), age**2)
-    y, open_ = -0.05, 0.075 - 0.025 * age
+    y, open_ = -0.05, 0.08 - 0.035 * age
     for side in (-1, 1):
         x = side * 0.215
         pen.oval((252, 252, 252), x, y, 0.105, open_)
@@ -1042,6 +1043,39 @@ def print_metrics(metrics):
               f"{cells[2]:>20}{cells[3]:>9}")
 
 
+@torch.no_grad()
+def draw_examples(encoders, people, cfg, path, device, rows=6, cell=100):
+    """Picture the V-F task: voices, p(f_j | s) of Eq. 1 for K faces each, the true one framed green."""
+    k = min(max(TEST_KS), len(people))
+    pairs = Pairs(people, cfg.seconds, cfg.size, min(POOL, len(people)), cfg.seed, shuffle=True)
+    batch, generator = pairs[0], torch.Generator().manual_seed(cfg.seed)
+    if batch.speech is None:
+        return
+    candidates = draw_candidates(batch.identity, k, generator)
+    embedded = [net.eval()(x).cpu() for net, x in zip(encoders, to_device(batch, device))]
+    chances = match_logits(*embedded, candidates, "v-f").softmax(1)  # (B, K)
+    rows = min(rows, len(batch.identity))
+    picture = Image.new("RGB", ((k + 2) * cell, rows * (cell + 24)), "white")
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(14)
+    for row in range(rows):
+        top, x = row * (cell + 24) + 4, batch.speech[row]
+        loudness = x.abs().unfold(0, len(x) // (2 * cell), len(x) // (2 * cell)).amax(1) / x.abs().max()
+        for i, height in enumerate(loudness[:2 * cell - 20].tolist()):
+            middle, half = top + cell // 2, max(1, 0.45 * cell * height)
+            draw.line([(10 + i, middle - half), (10 + i, middle + half)], (70, 90, 140))
+        order = torch.randperm(k, generator=generator).tolist()
+        for column, j in enumerate(order, start=2):
+            face = Image.fromarray(batch.faces[candidates[row, j]].numpy()).resize((cell - 8, cell - 8))
+            if j == 0:
+                box = (column * cell, top - 4, (column + 1) * cell - 1, top + cell - 5)
+                draw.rectangle(box, (40, 170, 80))
+            picture.paste(face, (column * cell + 4, top))
+            text, best = f"{100 * chances[row, j]:.0f} %", chances[row, j] == chances[row].max()
+            where = ((column + 0.5) * cell, top + cell + 5)
+            draw.text(where, text, "black" if best else (150, 150, 150), font, anchor="mm")
+    picture.save(path)
+
+
 # ==================================================================================================
 # 6. Training
 # ==================================================================================================
@@ -1233,6 +1267,7 @@ def match_train(cfg):
     metrics = evaluate_matching(encoders, corpus["test"], labels, cfg, cfg.runs, device)
     print_metrics(metrics)
     write_json(out / "metrics.json", metrics)
+    draw_examples(encoders, corpus["test"], cfg, out / "examples.png", device)
 
 
 def match_test(args):
@@ -1241,9 +1276,11 @@ def match_test(args):
     cfg, encoders = load_match(args.match, device)
     cfg = replace(cfg, batch=args.batch, seed=args.seed, workers=args.workers)
     people = open_corpus(args.data, min(TEST_KS), (args.split,))[args.split]
-    metrics = evaluate_matching(encoders, people, read_labels(args.data), cfg, args.runs, device)
+    labels, out = read_labels(args.data), make_folder(args.out)
+    metrics = evaluate_matching(encoders, people, labels, cfg, args.runs, device)
     print_metrics(metrics)
-    write_json(make_folder(args.out) / "metrics.json", metrics)
+    write_json(out / "metrics.json", metrics)
+    draw_examples(encoders, people, cfg, out / "examples.png", device)
 
 
 # ==================================================================================================
