@@ -66,9 +66,9 @@ def plain_corpus(root, people=4, splits=v.SPLITS):
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
-    """A small synthetic corpus: 80 identities, 63 / 5 / 12."""
+    """A small synthetic corpus: 84 identities, 62 / 10 / 12."""
     root = tmp_path_factory.mktemp("data") / "corpus"
-    assert v.main(["make-data", str(root), "--identities", "80", "--seed", "3"]) == 0
+    assert v.main(["make-data", str(root), "--identities", "84", "--seed", "3"]) == 0
     return root
 
 
@@ -396,10 +396,10 @@ def test_batches_are_a_function_of_their_number(corpus):
     a, b = make(0)[5], make(0)[5]
     assert torch.equal(a.speech, b.speech) and torch.equal(a.faces, b.faces) and torch.equal(a.identity, b.identity)
     assert not torch.equal(a.speech, make(1)[5].speech) and not torch.equal(a.speech, make(0)[6].speech)
-    epoch = torch.cat([make(0)[i].identity for i in range(3)])  # 3 batches of 20 from 63 identities
+    epoch = torch.cat([make(0)[i].identity for i in range(3)])  # 3 batches of 20 from 62 identities
     assert len(epoch.unique()) == 60
     test = v.Pairs(people, 0.25, 32, 20, 0, shuffle=False)
-    assert [int(i) for n in range(len(test)) for i in test[n].identity] == [p for p in range(63) for _ in range(2)]
+    assert [int(i) for n in range(len(test)) for i in test[n].identity] == list(range(62))
 
 
 def test_batches_larger_than_the_corpus_keep_enough_negatives(tmp_path):
@@ -450,10 +450,10 @@ def test_unreadable_files_are_named_replaced_and_counted(tmp_path, capsys):
 
 
 def test_make_data_is_deterministic_and_labelled(tmp_path, corpus):
-    v.main(["make-data", str(tmp_path / "again"), "--identities", "80", "--seed", "3"])
-    v.main(["make-data", str(tmp_path / "other"), "--identities", "12", "--seed", "4"])
+    v.main(["make-data", str(tmp_path / "again"), "--identities", "84", "--seed", "3"])
+    v.main(["make-data", str(tmp_path / "other"), "--identities", "30", "--seed", "4"])
     files = sorted(p.relative_to(corpus) for p in corpus.rglob("*.*"))
-    assert len(files) == 1 + 80 * v.CLIPS * (1 + v.FRAMES)
+    assert len(files) == 1 + 84 * (1 + v.FRAMES)
     assert all((corpus / f).read_bytes() == (tmp_path / "again" / f).read_bytes() for f in files)
     assert (corpus / "labels.csv").read_text() != (tmp_path / "other/labels.csv").read_text()
     labels = v.read_labels(corpus)
@@ -554,6 +554,9 @@ def test_every_setting_matters(name, trained, corpus, tmp_path, monkeypatch, cap
         assert fingerprint(tmp_path / "x y") == fingerprint(trained)  # and the same settings give the same run
         return
     v.match_train(replace(base, out=str(tmp_path), **{name: CHANGES[name]}))
+    if name == "eval_every":
+        assert capsys.readouterr().out.count("validation after step") == 1
+        return
     assert fingerprint(tmp_path) != fingerprint(trained)
 
 
@@ -622,7 +625,16 @@ def test_bad_flags_and_checkpoints(tmp_path, trained, corpus, capsys):
         assert "not a checkpoint of match-train" in refused(capsys, "match-test", "--match", tmp_path / name)
     (tmp_path / "file").write_text("")
     assert "--out" in refused(capsys, "match-train", "--data", corpus, *TINY, "--out", tmp_path / "file" / "run")
-    assert "--identities 5" in refused(capsys, "make-data", tmp_path / "few", "--identities", "5")
+    assert "--identities 5: must be at least 30" in refused(capsys, "make-data", tmp_path / "few", "--identities", "5")
+    assert "exists already" in refused(capsys, "make-data", corpus)
+    assert "cannot be created" in refused(capsys, "make-data", tmp_path / "file" / "data")
+
+
+def test_a_diverging_run_stops_and_says_so(tmp_path, corpus, capsys):
+    (tmp_path / "best.pt").write_text("of an earlier run")
+    line = refused(capsys, "match-train", "--data", corpus, "--out", tmp_path, *TINY, "--lr", "1e20", "--steps", "8", "--eval-every", "9")
+    assert "the run diverged" in line and "--lr" in line
+    assert not (tmp_path / "best.pt").exists()  # nothing stale is left to be taken for this run's
 
 
 def test_missing_decoder_says_what_to_install(tmp_path, monkeypatch):
@@ -646,7 +658,7 @@ def test_check_data_lists_every_fault(tmp_path, capsys):
     plain_corpus(tmp_path, 12)
     assert v.main(["check-data", str(tmp_path)]) == 0
     out = capsys.readouterr().out
-    assert "0 faults" in out and "12 identities" in out and "16000 (36)" in out and "40x40 (36)" in out
+    assert "0 faults" in out and "12 identities" in out and "16000 (36)" in out and "40x40 (36)" in out and "in ms: 36 of 36" in out
     clip = tmp_path / "train" / "train0"
     write_wav(clip / "empty" / "a.wav", [])
     (clip / "cut.d").mkdir()

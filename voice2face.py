@@ -11,8 +11,10 @@ stage: section 3.1, its protocol in section 4 and Tables 1 and 2.
 The idea   A speech encoder S reads the raw waveform, a face encoder F reads a picture, and both
            answer with a point of one space. Speech and face of one clip must agree better than
            speech and face of different clips: this is the only supervision, and it costs no label.
+           A corpus with several clips per person, as VoxCeleb, also says which clips are no
+           negatives of each other; the paper calls that case not strictly self-supervised.
 
-Map        1. Settings          every number that can be changed, its meaning and its source
+Map        1. Settings          the numbers a user may change, their meaning and their source
            2. Data              a folder of clips -> batches of (speech, face); checks of the folder
            3. Synthetic corpus  people with known factors, so that all of it runs without any data
            4. Inference         SincConv, SpeechEncoder S, FaceEncoder F, the K-way loss (Eq. 1)
@@ -28,7 +30,7 @@ Glossary   paper  here        shape          meaning
            K      k                          a matching task's candidates: 1 positive, K-1 negatives
            V-F    "v-f"                      given a voice, pick its face; F-V is the reverse
            One letter per dimension: B clips, K candidates, T samples, L frames, C channels, N taps
-           of a filter, H W pixels, D = 128 embedding.
+           of a filter, H W pixels, D = 128 embedding. In code F is torch.nn.functional.
 
 Sources    [paper §x]; [PASE] Pascual et al. 2019; [SincNet] Ravanelli and Bengio 2018; [SNGAN]
            Miyato and Koyama 2018; [ours] where the paper is silent. Where this differs, and why:
@@ -37,7 +39,10 @@ Sources    [paper §x]; [PASE] Pascual et al. 2019; [SincNet] Ravanelli and Beng
            - a clip's K-1 negatives come from its own batch: whatever K is, a step encodes each clip
              once (`draw_candidates`);
            - the waveform's loudness is divided out, being the microphone's (`SpeechEncoder`);
-           - the preset `small` hears 1.5 s and sees 64x64 pixels with narrower layers, for a CPU.
+           - the face encoder has no spectral norm, and a learned 1x1 layer in every shortcut;
+           - a test run draws fresh windows and frames beside fresh negatives;
+           - the preset `small` hears 1.5 s and sees 64x64 pixels through narrower layers, its sinc
+             layer with stride 8, to fit a CPU. It learns with SGD, as the paper does.
 
 Commands   python voice2face.py match-train        train S and F on a synthetic corpus unless --data
            python voice2face.py match-test         test a trained pair in both directions
@@ -50,9 +55,11 @@ import colorsys
 import concurrent.futures
 import csv
 import functools
+import itertools
 import json
 import math
 import os
+import shutil
 import struct
 import sys
 import time
@@ -79,7 +86,7 @@ SPLITS = ("train", "val", "test")
 SYNTHETIC = "data/synthetic"  # the one corpus that match-train makes by itself
 
 
-class UserError(Exception):
+class UserError(ValueError):
     """A mistake that the user can mend: one line on stderr and exit code 2."""
 
 
@@ -125,14 +132,13 @@ class MatchSettings:
     momentum: float = setting(0.9, "momentum of SGD", low=0)
     weight_decay: float = setting(1e-4, "weight decay of SGD, but for the sinc cut-offs", low=0)
     max_norm: float = setting(1.0, "length to which longer gradients are cut", low=1e-6)
-    runs: int = setting(5, "runs of the final test, each with fresh windows and negatives",
-                        "[paper §4]", low=1)
+    runs: int = setting(5, "runs of the final test, each with fresh negatives", "[paper §4]", low=1)
     eval_every: int = setting(300, "steps between validations", low=1)
     log_every: int = setting(50, "steps between log lines", low=1)
 
 
-PAPER = dict(seconds=6.0, size=128, sinc_stride=1, speech_width=64, face_width=64, batch=64,
-             steps=200_000, eval_every=2000, log_every=100, workers=8)  # what --preset paper sets
+PAPER = dict(seconds=6.0, size=128, sinc_stride=1, speech_width=64, face_width=64,  # as above
+             batch=64, steps=200_000, eval_every=2000, log_every=100, workers=8)  # [ours]
 
 
 @dataclass
@@ -143,7 +149,7 @@ class TestSettings:
     match: str = setting("runs/match/best.pt", "checkpoint of match-train")
     out: str = setting("runs/match-test", "folder for metrics.json")
     split: str = setting("test", "part of the corpus", choices=SPLITS)
-    runs: int = setting(5, "runs, each with fresh windows and negatives", "[paper §4]", low=1)
+    runs: int = setting(5, "runs, each with fresh negatives", "[paper §4]", low=1)
     batch: int = setting(32, "clips encoded at once", low=1)
     seed: int = setting(0, "seed of windows and negatives", low=0)
     device: str = setting("auto", "cpu, cuda, cuda:1, ...; auto is cuda where there is one")
@@ -154,7 +160,7 @@ class TestSettings:
 class MakeSettings:
     """Settings of make-data."""
 
-    identities: int = setting(1000, "people: 80 % for training, 6 % validation, 14 % test", low=12)
+    identities: int = setting(1000, "people: 80 % for training, 6 % validation, 14 % test", low=30)
     seed: int = setting(0, "seed of every factor", low=0)
 
 
@@ -166,7 +172,9 @@ class CheckSettings:
 
 
 # ==================================================================================================
-# 2. Data: DATA/{train,val,test}/<identity>/<clip>/*.wav *.jpg, DATA/labels.csv   [paper §4]
+# 2. Data: DATA/{train,val,test}/<identity>/<clip>/*.wav *.jpg, DATA/labels.csv   [ours]
+# A face named by a whole number, 1200.jpg, was taken 1200 ms into its clip's recording: the speech
+# that it is paired with then leaves that moment out. A face of any other name goes with any speech.
 # ==================================================================================================
 
 SPEECH_FILES = (".wav", ".flac", ".mp3", ".m4a", ".aac", ".ogg", ".opus", ".wma")
@@ -395,8 +403,8 @@ class Batch(NamedTuple):
 class Pairs:
     """Batches of positive pairs: pairs[i] is batch i, a pure function of (seed, i).
 
-    With shuffle, for training: one random clip each of B people, everyone once per epoch, faces
-    flipped at random. Without, for tests: the clips from i * B on, in order.
+    With shuffle, for training [ours]: a random clip each of B different people, dealt anew when
+    they no longer fill a batch, faces flipped at random. Without, for tests: clips from i * B on.
     """
 
     def __init__(self, people, seconds, size, batch, seed, shuffle):
@@ -418,20 +426,25 @@ class Pairs:
         people = np.resize(order[first:first + self.batch], self.batch)  # repeats a small corpus
         return [(int(person), None) for person in people]
 
+    def substitutes(self, used, rng):
+        """Everybody in random order, those who are not in the batch first."""
+        order = rng.permutation(len(self.clips)).tolist()
+        yield from ((p, None) for p in sorted(order, key=lambda p: p in used))
+
     def __getitem__(self, i):
-        rng = np.random.default_rng([self.seed, i, 1])
-        todo, rows, faults = self.plan(i)[::-1], [], []
-        used = {person for person, _ in todo}
-        spare = sorted(rng.permutation(len(self.clips)).tolist(), key=lambda p: p not in used)
-        while todo:
-            person, clip = todo.pop()
-            try:
-                rows.append((*self.load(person, clip, rng), person))
-            except ValueError as e:
-                faults.append(str(e))
-                if not spare:
-                    return Batch(None, None, None, faults)
-                todo.append((spare.pop(), None))  # a person not in the batch, while there is one
+        plan, rows, faults = self.plan(i), [], []
+        used = {person for person, _ in plan}
+        for n, wanted in enumerate(plan, start=i * self.batch):
+            rng = np.random.default_rng([self.seed, n, 1])
+            for person, clip in itertools.chain([wanted], self.substitutes(used, rng)):
+                try:
+                    rows.append((*self.load(person, clip, rng), person))
+                    used.add(person)
+                    break
+                except ValueError as e:
+                    faults.append(str(e))
+            else:
+                return Batch(None, None, None, faults)
         speech, faces, identity = zip(*rows)
         return Batch(torch.from_numpy(np.stack(speech)), torch.from_numpy(np.stack(faces)),
                      torch.tensor(identity), faults)
@@ -442,11 +455,16 @@ class Pairs:
         heard = clip if clip.speech else pick([c for c in self.clips[person] if c.speech], rng)
         seen = clip if clip.faces else pick([c for c in self.clips[person] if c.faces], rng)
         face, speech = pick(seen.faces, rng), pick(heard.speech, rng)
-        name = face.rpartition(".")[0]  # a whole number is the frame's time in ms
-        moment = int(name) if seen is heard and name.isdecimal() else None
+        moment = frame_time(face) if seen is heard else None
         flip = self.shuffle and rng.random() < 0.5
         return (load_speech(f"{heard.folder}/{speech}", self.seconds, rng, moment),
                 load_face(f"{seen.folder}/{face}", self.size, flip))
+
+
+def frame_time(name):
+    """The time in ms that a face file's name tells, None where it is not a whole number."""
+    stem = name.rpartition(".")[0]
+    return int(stem) if stem.isascii() and stem.isdecimal() else None
 
 
 def pick(items, rng):
@@ -469,7 +487,7 @@ def to_device(batch, device):
 
 
 class FaultCounter:
-    """Names every unreadable file, and ends a run when more than 1 sample in 100 was one."""
+    """Names every unreadable file; ends a run when 1 sample in 100 is one, of 1000 at the least."""
 
     def __init__(self):
         self.seen = self.faults = 0
@@ -490,7 +508,7 @@ def check_data(data, k):
     corpus, faults = scan_corpus(data, k)
     clips = [(split, c) for split, people in corpus.items()
              for found in people.values() for c in found]
-    hours, rates, sizes = dict.fromkeys(SPLITS, 0.0), {}, {}
+    hours, rates, sizes, timed = dict.fromkeys(SPLITS, 0.0), {}, {}, 0
     progress = Progress("check-data", len(clips))
     for i, (split, clip) in enumerate(clips, start=1):
         for name in clip.speech + clip.faces:
@@ -499,6 +517,7 @@ def check_data(data, k):
                 if name in clip.faces:
                     h, w, _ = load_face(path).shape
                     sizes[f"{w}x{h}"] = sizes.get(f"{w}x{h}", 0) + 1
+                    timed += bool(clip.speech) and frame_time(name) is not None
                     continue
                 x, rate = read_speech(path)
                 rates[rate] = rates.get(rate, 0) + 1
@@ -516,6 +535,7 @@ def check_data(data, k):
     for what, counts in (("sampling rates in Hz", rates), ("face sizes in pixels", sizes)):
         common = sorted(counts.items(), key=lambda item: -item[1])[:8]
         print(f"{what}: {', '.join(f'{value} ({n})' for value, n in common) or 'none'}")
+    print(f"faces beside speech, named by their time in ms: {timed} of {sum(sizes.values())}")
     print(*(f"fault: {fault}" for fault in faults), f"{len(faults)} faults", sep="\n")
     return len(faults)
 
@@ -533,7 +553,7 @@ VOWELS = np.array([  # formants in Hz: a e i o u and neutral vowel, men of Peter
     (730, 1090, 2440, 3400), (530, 1840, 2480, 3500), (270, 2290, 3010, 3600),
     (570, 840, 2410, 3300), (300, 870, 2240, 3300), (500, 1500, 2500, 3500)])
 BANDWIDTHS = np.array([60, 90, 120, 170])  # of the formants, Hz
-CLIPS, FRAMES, CLIP_SECONDS = 2, 3, 3.0  # clips of a person, faces of a clip, length of a clip
+CLIP_SECONDS, FRAMES = 6.0, 6  # one clip a person, so that no pair needs to know who is who
 SIDE, OVERSAMPLE = 128, 3  # pixels of a face, drawn three times as large and averaged
 HOP, FFT = 256, 1024  # samples between frames of speech, and in a frame with its echo
 TURN = np.linspace(0, 2 * np.pi, 49)  # a full circle; its first half is the lower one, y being down
@@ -547,7 +567,7 @@ def draw_factors(rng):
                 skin=int(rng.integers(len(SKIN))), iris=int(rng.integers(len(IRIS))),
                 clothes=rng.uniform(0, 1))
     voice = dict(pitch=rng.normal(0, 0.04), loudness=rng.uniform(0.1, 0.7), tempo=rng.uniform(3, 5))
-    return shared | face | voice  # what is said and the mouth's opening are new in every clip
+    return shared | face | voice  # what is said, and the mouth's opening, change within the clip
 
 
 def shared_levels(person):
@@ -722,36 +742,41 @@ def synth_faces(person, openings):
 
 
 def write_person(data, split, name, seed):
-    """Draw a person from the seed and write their clips; returns their row of labels.csv."""
+    """Draw a person from the seed and write their clip; returns their row of labels.csv."""
     rng = np.random.default_rng(seed)
     person = draw_factors(rng)
-    faces = iter(synth_faces(person, rng.uniform(0, 1, CLIPS * FRAMES)))
-    for clip in range(CLIPS):
-        folder = Path(data, split, name, f"clip{clip}")
-        folder.mkdir(parents=True, exist_ok=True)
-        with wave.open(str(folder / "speech.wav"), "wb") as f:
-            f.setparams((1, 2, RATE, 0, "NONE", ""))  # one channel of 2 bytes
-            f.writeframes(synth_speech(person, rng).tobytes())
-        for moment in rng.choice(int(1000 * CLIP_SECONDS), FRAMES, replace=False):  # ms
-            next(faces).save(folder / f"{moment}.jpg", quality=92)
+    folder = Path(data, split, name, "clip")
+    folder.mkdir(parents=True)
+    with wave.open(str(folder / "speech.wav"), "wb") as f:
+        f.setparams((1, 2, RATE, 0, "NONE", ""))  # one channel of 2 bytes
+        f.writeframes(synth_speech(person, rng).tobytes())
+    moments = rng.choice(int(1000 * CLIP_SECONDS), FRAMES, replace=False)  # ms
+    for moment, face in zip(moments, synth_faces(person, rng.uniform(0, 1, FRAMES))):
+        face.save(folder / f"{moment}.jpg", quality=92)
     return {"identity": name, "split": split} | {key: round(x, 4) for key, x in person.items()}
 
 
 def make_data(data, identities, seed):
-    """Write the synthetic corpus, on all cores: same seed, same files. labels.csv comes last."""
-    started, val, test = time.time(), math.ceil(0.06 * identities), math.ceil(0.14 * identities)
+    """Write the synthetic corpus, equal for equal seeds; `data` is there once it is complete."""
+    if Path(data).exists():
+        raise UserError(f"{data}: exists already; make-data fills a new folder only")
+    started, part = time.time(), Path(f"{data}.part")
+    shutil.rmtree(part, ignore_errors=True)  # of an interrupted run
+    make_folder(part)
+    val, test = (max(10, round(share * identities)) for share in (0.06, 0.14))
     splits = ["train"] * (identities - val - test) + ["val"] * val + ["test"] * test
     names = [f"id{i:05}" for i in range(identities)]
     seeds = [[seed, i] for i in range(identities)]
     rows, progress = [], Progress("make-data", identities)
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count()) as pool:
-        for row in pool.map(write_person, [data] * identities, splits, names, seeds, chunksize=8):
+        for row in pool.map(write_person, [part] * identities, splits, names, seeds, chunksize=8):
             rows.append(row)
             progress.show(len(rows))
-    with open(Path(data, "labels.csv"), "w", newline="", encoding="utf8") as f:
+    with open(part / "labels.csv", "w", newline="", encoding="utf8") as f:
         writer = csv.DictWriter(f, rows[0])
         writer.writeheader()
         writer.writerows(rows)
+    part.rename(data)
     print(f"{data}: {identities} identities in {time.time() - started:.0f} s")
 
 
@@ -774,8 +799,9 @@ class SincConv(nn.Module):
 
     (B, T) -> (B, C, ceil(T / stride)). A filter is the difference of two ideal low-passes,
         g(t) = 2 high sinc(2 high t) - 2 low sinc(2 low t),   sinc(x) = sin(pi x) / (pi x),
-    under a Hamming window, divided by 2 (high - low), which makes its centre 1. Cut-offs are in Hz
-    and start evenly on the mel scale. Raises ValueError for an even number of taps: no centre.
+    under a Hamming window, divided by 2 (high - low), which makes its centre 1. What is learned, in Hz,
+    is added to the least cut-off and band; it starts evenly on the mel scale. Raises ValueError for
+    an even number of taps: no centre.
     """
 
     def __init__(self, filters, taps=251, stride=1, rate=RATE, min_low=50, min_band=50):
@@ -795,7 +821,8 @@ class SincConv(nn.Module):
 
     def filters(self):
         """The impulse responses (C, N)."""
-        low = (self.min_low + self.low_hz.abs()).clamp(max=self.top - self.min_band)  # (C, 1)
+        low = self.min_low + self.low_hz.abs()  # (C, 1)
+        low = low.clamp(max=self.top - self.min_band)  # keeps every band open [ours]
         high = (low + self.min_band + self.band_hz.abs()).clamp(max=self.top)  # (C, 1)
         g = 2 * high * torch.sinc(2 * high * self.t) - 2 * low * torch.sinc(2 * low * self.t)
         return g * self.window / (2 * (high - low))  # (C, N); torch.sinc(0) is 1, without 0/0
@@ -817,8 +844,8 @@ def to_length(x, length):
 class SpeechEncoder(nn.Module):
     """S: waveforms (B, T) -> embeddings (B, D). PASE's encoder, a mean over time, a linear map.
 
-    Eight stacks of convolution, batch norm and PReLU with a slope per channel [paper §3.1] [PASE];
-    the mean and the linear map are [ours]. In PASE width is 64 and sinc_stride 1.
+    The sinc layer and 7 convolutions [paper §3.1], each followed by batch norm and a PReLU with a
+    slope per channel [PASE]; mean and linear map are [ours]. In PASE width is 64, sinc_stride 1.
     """
 
     def __init__(self, width=64, sinc_stride=1, length=1.0):
@@ -841,10 +868,13 @@ class SpeechEncoder(nn.Module):
             x = act(norm(x))
         return x
 
-    def forward(self, x):
+    def features(self, x):
+        """(B, T) -> (B, C), what the head reads."""
         x = x / (x.std(1, keepdim=True) + SILENCE)  # the loudness is the microphone's [ours]
-        x = self.frames(x).mean(2)  # (B, T) -> (B, C, L) -> (B, C)
-        return to_length(self.head(x), self.length)  # (B, C) -> (B, D)
+        return self.frames(x).mean(2)  # (B, C, L) -> (B, C)
+
+    def forward(self, x):
+        return to_length(self.head(self.features(x)), self.length)  # (B, C) -> (B, D)
 
 
 class FaceBlock(nn.Module):
@@ -869,7 +899,7 @@ class FaceBlock(nn.Module):
 class FaceEncoder(nn.Module):
     """F: faces (B, 3, H, W) -> embeddings (B, D). The body of [SNGAN]'s projection discriminator.
 
-    Blocks halve the side down to 4, one more keeps it; ReLU, a sum over the 4x4 places, a linear
+    Blocks halve the side down to 4, one more keeps it; ReLU and a sum over the 4x4 places; a linear
     map [ours]. No batch norm: the second stage makes F a discriminator and differentiates it twice.
     In [SNGAN] width is 64, size 128. Raises ValueError unless size is a power of two from 8 on.
     """
@@ -880,44 +910,44 @@ class FaceEncoder(nn.Module):
         if downs < 1 or size != 4 * 2**downs:
             raise ValueError(f"face size must be a power of two from 8 on, got {size}")
         widths = [3] + [width * 2 ** min(i, 4) for i in range(downs)]
-        blocks = [FaceBlock(a, b, first=a == 3) for a, b in zip(widths, widths[1:])]
+        blocks = [FaceBlock(widths[i], widths[i + 1], first=i == 0) for i in range(downs)]
         self.blocks = nn.Sequential(*blocks, FaceBlock(widths[-1], widths[-1], down=False))
         self.head = nn.Linear(widths[-1], EMBED)
         for m in self.modules():
-            if isinstance(m, nn.Conv2d):  # Glorot [SNGAN]; the default learns nothing for long
+            if isinstance(m, nn.Conv2d):  # Glorot [SNGAN]
                 nn.init.xavier_uniform_(m.weight, math.sqrt(2) if m.kernel_size == (3, 3) else 1)
                 nn.init.zeros_(m.bias)
 
+    def features(self, x):
+        """(B, 3, H, W) -> (B, C), what the head reads."""
+        return F.relu(self.blocks(x)).sum((2, 3))  # (B, C, 4, 4) -> (B, C)
+
     def forward(self, x):
-        x = F.relu(self.blocks(x)).sum((2, 3))  # (B, 3, H, W) -> (B, C, 4, 4) -> (B, C)
-        return to_length(self.head(x), self.length)  # (B, C) -> (B, D)
+        return to_length(self.head(self.features(x)), self.length)  # (B, C) -> (B, D)
 
 
 @torch.no_grad()
 def centre_head(encoder, x):
-    """Rescale the head so that the embeddings of a batch start with mean 0 and deviation 1 [ours].
+    """Set the head so that its outputs for a batch have mean 0 and deviation 1 in each dimension [ours].
 
     A fresh network sends all inputs in nearly one direction, so Eq. 1 would see K equal candidates.
     """
-    outputs = []
-    hook = encoder.head.register_forward_hook(lambda module, args, output: outputs.append(output))
-    encoder(x)
-    hook.remove()
-    std, mean = torch.std_mean(outputs[0], 0)  # (B, D) -> (D,), (D,)
-    encoder.head.weight /= std[:, None]
-    encoder.head.bias.copy_((encoder.head.bias - mean) / std)
+    head = encoder.head
+    std, mean = torch.std_mean(head(encoder.features(x)), 0)  # (B, D) -> (D,), (D,)
+    head.weight /= std[:, None]
+    head.bias.copy_((head.bias - mean) / std)
 
 
 def draw_candidates(identity, k, generator):
     """Columns (B, K) of each row's candidates: itself, then K-1 others of its batch, none twice.
 
-    identity (B,): a negative is never of the row's identity [paper §4]. Raises ValueError where a
+    identity (B,): a negative is never of the row's identity [paper §4]. Raises UserError where a
     row has fewer than K-1 such.
     """
     others = identity[:, None] != identity[None, :]  # (B,) -> (B, B)
     if (fewest := int(others.sum(1).min())) < k - 1:
-        raise ValueError(f"K = {k} needs {k - 1} clips of other identities per batch, "
-                         f"one has {fewest}")
+        raise UserError(f"K = {k} needs {k - 1} clips of other identities per batch, "
+                        f"one has {fewest}")
     keys = torch.rand(others.shape, generator=generator).masked_fill(~others, 2)  # (B, B)
     negatives = keys.topk(k - 1, largest=False).indices  # (B, K-1), those with the smallest keys
     return torch.cat([torch.arange(len(identity))[:, None], negatives], 1)  # (B, K)
@@ -942,7 +972,9 @@ def top1(logits):
 
 
 # ==================================================================================================
-# 5. Matching: K-way tests in both directions, and their ceiling   [paper §4, Tables 1 and 2]
+# 5. Matching: K-way tests in both directions [paper §4, Tables 1 and 2], and their ceiling [ours]
+# A row of Table 1 is a training (--direction v-f or f-v) on a corpus of one clip per identity, a row
+# of Table 2 one on VoxCeleb with VGGFace.
 # ==================================================================================================
 
 TEST_KS = (2, 10)  # [paper §4]
@@ -1006,17 +1038,17 @@ def evaluate_matching(encoders, people, labels, cfg, runs, device):
     """All tests on a split, in percent: mean and /std over runs; oracle/ where factors are known.
 
     Every run draws fresh windows, frames and negatives. The oracle sees the shared factors and
-    guesses among candidates that share them all: nobody can do better.
+    guesses among candidates that share them all: nobody can expect to do better.
     """
     results, faults = {"": [], "oracle/": []}, FaultCounter()
     for run in range(runs):
         seed = cfg.seed + 1000 * (run + 1)
         pairs = Pairs(people, cfg.seconds, cfg.size, cfg.batch, seed, shuffle=False)
         speech, faces, identity = embed_pairs(encoders, pairs, device, cfg.workers, faults)
-        known = [all(labels.get(name, {}).get(f) for name in pairs.names) for f in SHARED]
-        genders = [labels[pairs.names[i]]["gender"] for i in identity] if known[0] else None
+        genders = [labels.get(pairs.names[i], {}).get("gender") for i in identity]
+        genders = genders if all(genders) else None  # known of everybody or not used
         results[""].append(matching_run(speech, faces, identity, genders, seed))
-        if all(known):
+        if all(factor in labels.get(name, {}) for factor in SHARED for name in pairs.names):
             truth = oracle_embeddings(labels, pairs.names, identity)
             results["oracle/"].append(matching_run(truth, truth, identity, genders, seed))
     metrics = {}
@@ -1045,9 +1077,10 @@ def print_metrics(metrics):
 
 @torch.no_grad()
 def draw_examples(encoders, people, cfg, path, device, rows=6, cell=100):
-    """Picture the V-F task: voices, p(f_j | s) of Eq. 1 for K faces each, the true one framed green."""
+    """Picture the V-F task: voices, p(f_j | s) of Eq. 1 for K faces, the true one framed green."""
     k = min(max(TEST_KS), len(people))
-    pairs = Pairs(people, cfg.seconds, cfg.size, min(POOL, len(people)), cfg.seed, shuffle=True)
+    pairs = Pairs(people, cfg.seconds, cfg.size, min(max(k, cfg.batch), len(people)),
+                  cfg.seed, shuffle=True)
     batch, generator = pairs[0], torch.Generator().manual_seed(cfg.seed)
     if batch.speech is None:
         return
@@ -1059,13 +1092,14 @@ def draw_examples(encoders, people, cfg, path, device, rows=6, cell=100):
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(14)
     for row in range(rows):
         top, x = row * (cell + 24) + 4, batch.speech[row]
-        loudness = x.abs().unfold(0, len(x) // (2 * cell), len(x) // (2 * cell)).amax(1) / x.abs().max()
-        for i, height in enumerate(loudness[:2 * cell - 20].tolist()):
+        bars = x.abs().tensor_split(2 * cell - 20)  # one per column of pixels
+        for i, height in enumerate((torch.stack([b.max() for b in bars]) / x.abs().max()).tolist()):
             middle, half = top + cell // 2, max(1, 0.45 * cell * height)
             draw.line([(10 + i, middle - half), (10 + i, middle + half)], (70, 90, 140))
         order = torch.randperm(k, generator=generator).tolist()
         for column, j in enumerate(order, start=2):
-            face = Image.fromarray(batch.faces[candidates[row, j]].numpy()).resize((cell - 8, cell - 8))
+            face = Image.fromarray(batch.faces[candidates[row, j]].numpy())
+            face = face.resize((cell - 8, cell - 8))
             if j == 0:
                 box = (column * cell, top - 4, (column + 1) * cell - 1, top + cell - 5)
                 draw.rectangle(box, (40, 170, 80))
@@ -1133,6 +1167,8 @@ class RunLog:
                  for name, found in self.values.items()}
         line |= {"clips_per_s": round(self.clips / (time.time() - self.since), 1),
                  "peak_memory_gb": round(peak_memory(self.device), 3), "faults": faults}
+        if not all(map(math.isfinite, line.values())):
+            raise UserError(f"step {step}: the run diverged ({line}); try a lower --lr")
         print(json.dumps(line), file=self.file, flush=True)
         text = "  ".join(f"{name} {value:g}" for name, value in line.items() if name != "step")
         self.progress.show(step, text, always=True)
@@ -1224,9 +1260,11 @@ def validate(encoders, people, cfg, faults, device, draws=20):
 def match_train(cfg):
     """Train S and F label-free on Eq. 1, keep the pair that validates best, test that one."""
     device = pick_device(cfg.device)
-    if cfg.data == SYNTHETIC and not Path(cfg.data, "labels.csv").exists():
+    if cfg.data == SYNTHETIC and not Path(cfg.data).exists():
         make_data(cfg.data, MakeSettings.identities, MakeSettings.seed)
-    corpus, labels, out = open_corpus(cfg.data, cfg.k), read_labels(cfg.data), make_folder(cfg.out)
+    corpus, out = open_corpus(cfg.data, cfg.k), make_folder(cfg.out)
+    for name in ("best.pt", "last.pt", "metrics.json"):
+        Path(out, name).unlink(missing_ok=True)  # of an earlier run
     write_json(out / "settings.json", asdict(cfg))
     torch.manual_seed(cfg.seed)
     generator = torch.Generator().manual_seed(cfg.seed)
@@ -1252,9 +1290,10 @@ def match_train(cfg):
         schedule.step()
 
         log.add(cfg.batch, loss=loss, accuracy=100 * hits)
-        if step % cfg.log_every == 0 or step == cfg.steps:
+        validating = step % cfg.eval_every == 0 or step == cfg.steps
+        if validating or step % cfg.log_every == 0:
             log.write(step, faults.faults)
-        if step % cfg.eval_every == 0 or step == cfg.steps:
+        if validating:
             val = validate(encoders, corpus["val"], cfg, faults, device)
             log.progress.say(f"validation after step {step}: "
                              f"{cfg.direction} {cfg.k}-way {val:.1f} %")
@@ -1262,25 +1301,27 @@ def match_train(cfg):
             if val > best:
                 best = val
                 save_match(out / "best.pt", cfg, encoders, step, val)
+            log.since = time.time()  # clips_per_s is of training alone
 
     _, encoders = load_match(out / "best.pt", device)
-    metrics = evaluate_matching(encoders, corpus["test"], labels, cfg, cfg.runs, device)
+    report_matching(encoders, corpus["test"], cfg, cfg.runs, out, device)
+
+
+def report_matching(encoders, people, cfg, runs, out, device):
+    """Print the tests' table and write metrics.json and examples.png."""
+    metrics = evaluate_matching(encoders, people, read_labels(cfg.data), cfg, runs, device)
     print_metrics(metrics)
     write_json(out / "metrics.json", metrics)
-    draw_examples(encoders, corpus["test"], cfg, out / "examples.png", device)
+    draw_examples(encoders, people, cfg, out / "examples.png", device)
 
 
 def match_test(args):
     """Test a trained pair on one split: both directions, K = 2 and 10 [paper Tables 1 and 2]."""
     device = pick_device(args.device)
     cfg, encoders = load_match(args.match, device)
-    cfg = replace(cfg, batch=args.batch, seed=args.seed, workers=args.workers)
+    cfg = replace(cfg, data=args.data, batch=args.batch, seed=args.seed, workers=args.workers)
     people = open_corpus(args.data, min(TEST_KS), (args.split,))[args.split]
-    labels, out = read_labels(args.data), make_folder(args.out)
-    metrics = evaluate_matching(encoders, people, labels, cfg, args.runs, device)
-    print_metrics(metrics)
-    write_json(out / "metrics.json", metrics)
-    draw_examples(encoders, people, cfg, out / "examples.png", device)
+    report_matching(encoders, people, cfg, args.runs, make_folder(args.out), device)
 
 
 # ==================================================================================================
@@ -1324,7 +1365,8 @@ def check_settings(cfg):
         rule(f.name, low is None or getattr(cfg, f.name) >= low, f"at least {low}")
     if isinstance(cfg, MatchSettings):
         rule("batch", cfg.batch >= cfg.k, f"at least --k {cfg.k}")
-        shortest = 6 * 80 * cfg.sinc_stride / RATE  # last convolution reflects 5 frames, needs 6
+        before_last = math.prod(PASE_STRIDES[:-1]) * cfg.sinc_stride  # samples per frame, which
+        shortest = 6 * before_last / RATE  # must be 6: the last convolution reflects 5
         rule("seconds", cfg.seconds >= shortest, f"at least {shortest:.2f} at this --sinc-stride")
 
 
