@@ -2,7 +2,7 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch==2.11.0", "torchaudio==2.11.0", "numpy", "pillow", "pytest"]
 # ///
-"""Tests of voice2face.py: every part against an independent computation, every command on tiny settings.
+"""Tests of voice2face.py: parts against independent computations, every command on tiny settings.
 
     uv run test_voice2face.py          the tests (any pytest option may follow)
     uv run test_voice2face.py bench    throughput of the loader and of a training step, printed
@@ -31,8 +31,9 @@ from PIL import Image
 import voice2face as v
 
 FILE = Path(v.__file__)
-TINY = ["--steps", "4", "--batch", "6", "--k", "4", "--seconds", "0.25", "--size", "32", "--sinc-stride", "8", "--speech-width", "4",
-        "--face-width", "4", "--eval-every", "2", "--log-every", "1", "--runs", "2", "--workers", "0", "--device", "cpu"]
+TINY = ["--steps", "4", "--batch", "6", "--k", "4", "--seconds", "0.25", "--size", "32",
+        "--sinc-stride", "8", "--speech-width", "4", "--face-width", "4", "--eval-every", "2",
+        "--log-every", "1", "--runs", "2", "--workers", "0", "--device", "cpu"]
 
 
 def write_wav(path, samples, rate=16000, channels=1):
@@ -89,13 +90,14 @@ def refused(capsys, *argv):
     return lines[0]
 
 
-# ---- SincConv --------------------------------------------------------------------------------------
+# ---- SincConv ------------------------------------------------------------------------------------
 
 
 def numpy_band_pass(low, high, taps, rate):
     """An independent design: difference of two windowed low-passes, centre 1."""
     n = np.arange(taps) - taps // 2
-    ideal = 2 * high / rate * np.sinc(2 * high / rate * n) - 2 * low / rate * np.sinc(2 * low / rate * n)
+    ideal = (2 * high / rate * np.sinc(2 * high / rate * n)
+             - 2 * low / rate * np.sinc(2 * low / rate * n))
     return ideal * np.hamming(taps) / (2 * (high - low) / rate)
 
 
@@ -118,7 +120,8 @@ def test_sinc_passes_its_band_and_stops_the_rest():
         layer.band_hz[:] = 950  # 2000 ... 3000 Hz
     seconds = torch.arange(8000) / 16000
     def gain(hz):
-        return layer(torch.sin(2 * math.pi * hz * seconds)[None])[0, 0, 2000:6000].abs().max().item()
+        return layer(torch.sin(2 * math.pi * hz * seconds)[None])[
+            0, 0, 2000:6000].abs().max().item()
     inside = gain(2500)
     assert all(abs(gain(hz) / inside - 1) < 0.05 for hz in (2200, 2800))
     assert all(gain(hz) < 0.01 * inside for hz in (500, 1700, 3300, 6000))
@@ -128,14 +131,15 @@ def test_sinc_edges():
     with pytest.raises(ValueError, match="odd, got 250"):
         v.SincConv(4, 250)
     layer = v.SincConv(4, 31, stride=3).to(torch.float64)
-    assert layer.t.dtype == layer.window.dtype == layer(torch.zeros(2, 100).double()).dtype == torch.float64
+    assert (layer.t.dtype == layer.window.dtype == layer(torch.zeros(2, 100).double()).dtype
+            == torch.float64)
     assert layer(torch.zeros(2, 100).double()).shape == (2, 4, 34)
     assert {name for name, _ in layer.named_parameters()} == {"low_hz", "band_hz"}
     layer(torch.randn(2, 100).double()).square().sum().backward()
     assert torch.isfinite(layer.low_hz.grad).all() and layer.band_hz.grad.abs().sum() > 0
 
 
-# ---- encoders --------------------------------------------------------------------------------------
+# ---- encoders ------------------------------------------------------------------------------------
 
 
 def test_published_speech_encoder():
@@ -151,7 +155,8 @@ def test_published_speech_encoder():
 
 def test_published_face_encoder():
     encoder = v.FaceEncoder()
-    blocks = [(3, 64, 64), (64, 64, 128), (128, 128, 256), (256, 256, 512), (512, 512, 1024), (1024, 1024, 1024)]
+    blocks = [(3, 64, 64), (64, 64, 128), (128, 128, 256), (256, 256, 512), (512, 512, 1024),
+              (1024, 1024, 1024)]
     count = sum(9 * a * h + h + 9 * h * b + b + a * b + b for a, h, b in blocks) + 1024 * 128 + 128
     assert sum(p.numel() for p in encoder.parameters()) == count
     with torch.no_grad():
@@ -170,15 +175,17 @@ def test_face_block_pools_before_its_shortcut_without_changing_it():
 def test_embeddings_have_one_length_and_a_centred_start():
     torch.manual_seed(0)
     speech, face = v.SpeechEncoder(4, 8, length=3.0), v.FaceEncoder(32, 4, length=3.0)
-    for encoder, x in ((speech, 0.1 * torch.randn(64, 4000)), (face, torch.rand(64, 3, 32, 32) * 2 - 1)):
+    for encoder, x in ((speech, 0.1 * torch.randn(64, 4000)),
+                       (face, torch.rand(64, 3, 32, 32) * 2 - 1)):
         before = encoder(x)
         v.centre_head(encoder, x)
         after = encoder(x)
         torch.testing.assert_close(after.norm(dim=1), torch.full((64,), 3.0))
-        assert after.mean(0).norm() < 0.5 < 2 < before.mean(0).norm()  # one direction for all, then all directions
+        # one direction for all, then all directions
+        assert after.mean(0).norm() < 0.5 < 2 < before.mean(0).norm()
 
 
-# ---- Eq. 1 and the candidates ----------------------------------------------------------------------
+# ---- Eq. 1 and the candidates --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("direction", ["v-f", "f-v"])
@@ -192,12 +199,14 @@ def test_loss_against_a_hand_computation(direction):
         inner = [float(np.dot(query, keys[j])) for j in candidates[i]]
         total -= inner[0] - math.log(sum(math.exp(value) for value in inner))
         hits += inner[0] == max(inner)
-    loss, accuracy = v.match_loss(torch.tensor(speech), torch.tensor(faces), torch.tensor(candidates), direction)
+    loss, accuracy = v.match_loss(torch.tensor(speech), torch.tensor(faces),
+                                  torch.tensor(candidates), direction)
     assert loss.item() == pytest.approx(total / 5) and accuracy.item() == pytest.approx(hits / 5)
 
 
 def test_equal_candidates_share_the_point():
-    logits = torch.tensor([[1.0, 1.0, 1.0, 1.0], [2.0, 1.0, 2.0, 0.0], [0.0, 1.0, 1.0, 0.0], [5.0, 1.0, 2.0, 3.0]])
+    logits = torch.tensor([[1.0, 1.0, 1.0, 1.0], [2.0, 1.0, 2.0, 0.0], [0.0, 1.0, 1.0, 0.0],
+                           [5.0, 1.0, 2.0, 3.0]])
     assert v.top1(logits).tolist() == [0.25, 0.5, 0.0, 1.0]
 
 
@@ -213,8 +222,10 @@ def test_candidates_over_thousands_of_draws():
             counts[row, columns] += 1
     others = identity[:, None] != identity[None, :]
     expected = 3000 * 4 / others.sum(1, keepdim=True).numpy()
-    assert (abs(counts - expected)[others.numpy()] < 5 * np.sqrt(3000 / 4)).all()  # 5 sigma of a fair draw
-    with pytest.raises(ValueError, match="K = 9 needs 8 clips of other identities per batch, one has 7"):
+    # 5 sigma of a fair draw
+    assert (abs(counts - expected)[others.numpy()] < 5 * np.sqrt(3000 / 4)).all()
+    with pytest.raises(ValueError, match="K = 9 needs 8 clips of other identities per batch, "
+                                         "one has 7"):
         v.draw_candidates(identity, 9, generator)
 
 
@@ -233,7 +244,8 @@ def test_k_way_planted_answers_and_brute_force():
     for i in range(1000):
         rivals = rng.choice([j for j in range(1000) if j != i], 9, replace=False)
         hits += float(speech[i] @ faces[i]) > max(float(speech[i] @ faces[j]) for j in rivals)
-    assert v.k_way(speech, faces, torch.arange(1000), 10, "v-f", generator) == pytest.approx(hits / 10, abs=6)
+    assert v.k_way(speech, faces, torch.arange(1000), 10, "v-f",
+                   generator) == pytest.approx(hits / 10, abs=6)
 
 
 def test_k_way_with_few_clips_of_many_is_linear_in_memory():
@@ -250,26 +262,31 @@ def test_oracle_against_brute_force(corpus):
     # with one rival the oracle errs half the time when the two are of one kind
     pairs = [(a, b) for a in kinds for b in kinds]
     alike = (sum(a == b for a, b in pairs) - len(kinds)) / (len(pairs) - len(kinds))
-    got = np.mean([v.k_way(truth, truth, identity, 2, "v-f", torch.Generator().manual_seed(i)) for i in range(40)])
+    got = np.mean([v.k_way(truth, truth, identity, 2, "v-f", torch.Generator().manual_seed(i))
+                   for i in range(40)])
     assert got == pytest.approx(100 * (1 - alike / 2), abs=0.5)
 
 
 def test_untrained_networks_score_chance(corpus):
     torch.manual_seed(0)
-    cfg = v.MatchSettings(seconds=0.25, size=32, sinc_stride=8, speech_width=4, face_width=4, batch=32, workers=0)
+    cfg = v.MatchSettings(seconds=0.25, size=32, sinc_stride=8, speech_width=4, face_width=4,
+                          batch=32, workers=0)
     people = v.open_corpus(corpus, 4)["train"]
-    scores = [v.evaluate_matching(v.make_encoders(cfg, torch.device("cpu")), people, {}, cfg, 2, torch.device("cpu")) for _ in range(3)]
+    scores = [v.evaluate_matching(v.make_encoders(cfg, torch.device("cpu")), people, {}, cfg, 2,
+                                  torch.device("cpu")) for _ in range(3)]
     for direction in ("v-f", "f-v"):
         assert np.mean([s[f"{direction}/2"] for s in scores]) == pytest.approx(50, abs=8)
         assert np.mean([s[f"{direction}/10"] for s in scores]) == pytest.approx(10, abs=5)
 
 
-# ---- sampling --------------------------------------------------------------------------------------
+# ---- sampling ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("length, window, moment", [(20, 5, 7), (20, 5, 0), (20, 5, 19), (20, 5, 40), (20, 5, None), (9, 5, 4), (20, 12, 10)])
+@pytest.mark.parametrize("length, window, moment", [
+    (20, 5, 7), (20, 5, 0), (20, 5, 19), (20, 5, 40), (20, 5, None), (9, 5, 4), (20, 12, 10)])
 def test_window_is_uniform_and_avoids_the_moment(length, window, moment):
-    possible = [s for s in range(length - window + 1) if moment is None or not s <= moment < s + window]
+    possible = [s for s in range(length - window + 1)
+                if moment is None or not s <= moment < s + window]
     rng, counts = np.random.default_rng(0), {}
     for _ in range(4000):
         start, stop = v.draw_window(length, window, moment, rng)
@@ -281,7 +298,8 @@ def test_window_is_uniform_and_avoids_the_moment(length, window, moment):
             assert stop - start == max(moment, length - moment - 1)
     if possible:
         assert sorted(counts) == possible
-        assert all(abs(n - 4000 / len(possible)) < 5 * math.sqrt(4000 / len(possible)) for n in counts.values())
+        assert all(abs(n - 4000 / len(possible)) < 5 * math.sqrt(4000 / len(possible))
+                   for n in counts.values())
 
 
 def test_speech_window_never_holds_the_faces_time(tmp_path):
@@ -290,8 +308,10 @@ def test_speech_window_never_holds_the_faces_time(tmp_path):
         clip = tmp_path / "train" / f"p{i}" / "c"
         write_wav(clip / "speech.wav", np.arange(48000) / 48000)
         for ms in (0, 700, 1500, 2999):
-            Image.new("RGB", (40, 40), (ms // 12, 0, 0)).save(Path(clip / f"{ms}.png"))  # the colour tells the frame
-    pairs = v.Pairs({f"p{i}": v.list_clips(tmp_path / "train" / f"p{i}") for i in range(3)}, 0.5, 32, 50, 0, shuffle=True)
+            # the colour tells the frame
+            Image.new("RGB", (40, 40), (ms // 12, 0, 0)).save(Path(clip / f"{ms}.png"))
+    pairs = v.Pairs({f"p{i}": v.list_clips(tmp_path / "train" / f"p{i}") for i in range(3)},
+                    0.5, 32, 50, 0, shuffle=True)
     seen = set()
     for i in range(40):
         batch = pairs[i]
@@ -313,7 +333,8 @@ def test_short_speech_is_repeated_and_long_is_cut(tmp_path):
     np.testing.assert_allclose(got, long[start:start + 4000], atol=1e-4)
 
 
-@pytest.mark.parametrize("rate, channels", [(8000, 1), (16000, 2), (22050, 1), (44100, 2), (48000, 6)])
+@pytest.mark.parametrize("rate, channels", [
+    (8000, 1), (16000, 2), (22050, 1), (44100, 2), (48000, 6)])
 def test_any_rate_and_channel_count_becomes_mono_16_khz(tmp_path, rate, channels):
     n = rate * 2
     tone = 0.5 * np.sin(2 * np.pi * 1000 * np.arange(n) / rate)
@@ -326,12 +347,16 @@ def test_any_rate_and_channel_count_becomes_mono_16_khz(tmp_path, rate, channels
 
 
 def riff(code, channels, rate, bits, data, extensible=False, claimed=None):
-    """A WAV file's bytes with an odd chunk before its samples, written independently of voice2face."""
-    head = struct.pack("<HHIIHH", 0xFFFE if extensible else code, channels, rate, rate * channels * bits // 8, channels * bits // 8, bits)
+    """A WAV file's bytes with an odd chunk before its samples, independent of voice2face."""
+    head = struct.pack("<HHIIHH", 0xFFFE if extensible else code, channels, rate,
+                       rate * channels * bits // 8, channels * bits // 8, bits)
     if extensible:
-        head += struct.pack("<HHIH", 22, bits, 0, code) + bytes.fromhex("000000001000800000aa00389b71")
-    body = b"WAVEfmt " + struct.pack("<I", len(head)) + head + b"LIST" + struct.pack("<I", 3) + b"abc\0"
-    return b"RIFF" + struct.pack("<I", len(body) + 8 + len(data)) + body + b"data" + struct.pack("<I", claimed or len(data)) + data
+        head += (struct.pack("<HHIH", 22, bits, 0, code)
+                 + bytes.fromhex("000000001000800000aa00389b71"))
+    body = (b"WAVEfmt " + struct.pack("<I", len(head)) + head
+            + b"LIST" + struct.pack("<I", 3) + b"abc\0")
+    return (b"RIFF" + struct.pack("<I", len(body) + 8 + len(data)) + body
+            + b"data" + struct.pack("<I", claimed or len(data)) + data)
 
 
 @pytest.mark.parametrize("extensible", [False, True])
@@ -343,13 +368,16 @@ def test_wav_formats(tmp_path, code, bits, extensible):
     elif bits == 8:
         data = np.uint8(values * 128 + 128).tobytes()
     else:
-        data = b"".join(int(x * 2 ** (bits - 1)).to_bytes(bits // 8, "little", signed=True) for x in values)
-    (tmp_path / "x.wav").write_bytes(riff(code, 1, 16000, bits, data, extensible, claimed=0xFFFFFFFF if extensible else None))
+        data = b"".join(int(x * 2 ** (bits - 1)).to_bytes(bits // 8, "little", signed=True)
+                        for x in values)
+    (tmp_path / "x.wav").write_bytes(riff(code, 1, 16000, bits, data, extensible,
+                                          claimed=0xFFFFFFFF if extensible else None))
     x, rate = v.read_speech(str(tmp_path / "x.wav"))
     assert rate == 16000 and x.dtype == np.float32
     np.testing.assert_allclose(x, values, atol=1e-6)
     (tmp_path / "y.wav").write_bytes(riff(code, 2, 16000, bits, data, extensible))
-    np.testing.assert_allclose(v.read_speech(str(tmp_path / "y.wav"))[0], values.reshape(3, 2).mean(1), atol=1e-6)
+    np.testing.assert_allclose(v.read_speech(str(tmp_path / "y.wav"))[0],
+                               values.reshape(3, 2).mean(1), atol=1e-6)
 
 
 def test_only_the_window_is_read(tmp_path, monkeypatch):
@@ -380,13 +408,16 @@ def test_faces_are_square_cropped_resized_rgb(tmp_path):
     Image.fromarray(wide).save(tmp_path / "w.png")
     face = v.load_face(str(tmp_path / "w.png"), 32)
     assert face.shape == (32, 32, 3) and face.dtype == np.uint8
-    assert tuple(face[4, 4]) == (250, 0, 0) and tuple(face[4, 28]) == tuple(face[28, 4]) == (10, 200, 30)
-    np.testing.assert_array_equal(v.load_face(str(tmp_path / "w.png"), 32, flip=True), face[:, ::-1])
+    assert (tuple(face[4, 4]) == (250, 0, 0)
+            and tuple(face[4, 28]) == tuple(face[28, 4]) == (10, 200, 30))
+    np.testing.assert_array_equal(v.load_face(str(tmp_path / "w.png"), 32, flip=True),
+                                  face[:, ::-1])
     Image.new("L", (64, 64), 77).save(tmp_path / "g.jpg")
     assert abs(v.load_face(str(tmp_path / "g.jpg"), 32).astype(int) - 77).max() <= 1
     batch = v.Batch(torch.zeros(1, 8), torch.from_numpy(face)[None], torch.zeros(1), [])
     faces = v.to_device(batch, torch.device("cpu"))[1]
-    assert faces.shape == (1, 3, 32, 32) and faces[0, 0, 4, 4].item() == pytest.approx(250 / 127.5 - 1)
+    assert (faces.shape == (1, 3, 32, 32)
+            and faces[0, 0, 4, 4].item() == pytest.approx(250 / 127.5 - 1))
     assert faces.min() >= -1 and faces.max() <= 1
 
 
@@ -394,8 +425,10 @@ def test_batches_are_a_function_of_their_number(corpus):
     people = v.open_corpus(corpus, 4)["train"]
     make = lambda seed: v.Pairs(people, 0.25, 32, 20, seed, shuffle=True)  # noqa: E731
     a, b = make(0)[5], make(0)[5]
-    assert torch.equal(a.speech, b.speech) and torch.equal(a.faces, b.faces) and torch.equal(a.identity, b.identity)
-    assert not torch.equal(a.speech, make(1)[5].speech) and not torch.equal(a.speech, make(0)[6].speech)
+    assert (torch.equal(a.speech, b.speech) and torch.equal(a.faces, b.faces)
+            and torch.equal(a.identity, b.identity))
+    assert (not torch.equal(a.speech, make(1)[5].speech)
+            and not torch.equal(a.speech, make(0)[6].speech))
     epoch = torch.cat([make(0)[i].identity for i in range(3)])  # 3 batches of 20 from 62 identities
     assert len(epoch.unique()) == 60
     test = v.Pairs(people, 0.25, 32, 20, 0, shuffle=False)
@@ -408,17 +441,19 @@ def test_batches_larger_than_the_corpus_keep_enough_negatives(tmp_path):
     for batch in (4, 5, 7, 8, 11):
         pairs = v.Pairs(people, 0.25, 32, batch, 0, shuffle=True)
         for i in range(20):
-            v.draw_candidates(pairs[i].identity, 4, torch.Generator())  # raises where one row has fewer than 3
+            # raises where one row has fewer than 3
+            v.draw_candidates(pairs[i].identity, 4, torch.Generator())
 
 
 def test_speech_and_faces_of_different_folders(tmp_path):
-    """VoxCeleb speech with VGGFace images: any face of the identity with any speech of it, never another's."""
+    """VoxCeleb speech, VGGFace faces: any face with any speech of its identity, never another's."""
     for i in range(3):
         for c in range(2):
             write_wav(tmp_path / f"p{i}" / f"s{c}" / "1.wav", np.full(8000, (1 + 2 * i + c) / 10))
         for c in range(3):
             write_face(tmp_path / f"p{i}" / f"f{c}" / f"{100 * c}.png", (50 * i, 20 * c, 0))
-    pairs = v.Pairs({f"p{i}": v.list_clips(tmp_path / f"p{i}") for i in range(3)}, 0.25, 32, 30, 0, shuffle=True)
+    pairs = v.Pairs({f"p{i}": v.list_clips(tmp_path / f"p{i}") for i in range(3)},
+                    0.25, 32, 30, 0, shuffle=True)
     met = set()
     for i in range(60):
         batch = pairs[i]
@@ -441,12 +476,13 @@ def test_unreadable_files_are_named_replaced_and_counted(tmp_path, capsys):
             int(re.sub(r"\D", "", pairs.names[p])) for p in batch.identity]
         faults.add(batch)
     assert faults.faults == 10 and str(bad) in capsys.readouterr().err
-    with pytest.raises(v.UserError, match=r"11 of 326 samples could not be read, more than 1 in 100.*speech\.wav"):
+    with pytest.raises(v.UserError, match=r"11 of 326 samples could not be read, "
+                                          r"more than 1 in 100.*speech\.wav"):
         for i in range(20, 30):
             faults.add(pairs[i])
 
 
-# ---- the synthetic corpus --------------------------------------------------------------------------
+# ---- the synthetic corpus ------------------------------------------------------------------------
 
 
 def test_make_data_is_deterministic_and_labelled(tmp_path, corpus):
@@ -458,25 +494,32 @@ def test_make_data_is_deterministic_and_labelled(tmp_path, corpus):
     assert (corpus / "labels.csv").read_text() != (tmp_path / "other/labels.csv").read_text()
     labels = v.read_labels(corpus)
     for split in v.SPLITS:
-        assert {n for n, row in labels.items() if row["split"] == split} == {p.name for p in (corpus / split).iterdir()}
-    assert all({"gender", "age", "tract", "build", "background", "glasses", "pitch", "tempo"} <= set(row) for row in labels.values())
+        assert ({n for n, row in labels.items() if row["split"] == split}
+                == {p.name for p in (corpus / split).iterdir()})
+    assert all({"gender", "age", "tract", "build", "background", "glasses", "pitch", "tempo"}
+               <= set(row) for row in labels.values())
 
 
 def test_each_factor_acts_on_its_own_side_only():
-    person = v.draw_factors(np.random.default_rng(5)) | {"gender": 0, "age": 1, "tract": 1, "build": 1, "glasses": 0}
+    person = v.draw_factors(np.random.default_rng(5)) | {
+        "gender": 0, "age": 1, "tract": 1, "build": 1, "glasses": 0}
     voice = lambda p: v.synth_speech(p, np.random.default_rng(1))  # noqa: E731
     face = lambda p: np.asarray(v.synth_faces(p, [0.5])[0])  # noqa: E731
     for name in person:
         changed = person | {name: person[name] + (0.2 if isinstance(person[name], float) else 1)}
-        heard, seen = not np.array_equal(voice(changed), voice(person)), not np.array_equal(face(changed), face(person))
-        expected = (True, True) if name in v.SHARED else (name in ("pitch", "loudness", "tempo"), name not in ("pitch", "loudness", "tempo"))
+        heard, seen = (not np.array_equal(voice(changed), voice(person)),
+                       not np.array_equal(face(changed), face(person)))
+        expected = (True, True) if name in v.SHARED else (
+            name in ("pitch", "loudness", "tempo"), name not in ("pitch", "loudness", "tempo"))
         assert (heard, seen) == expected, name
     assert face(person).shape == (128, 128, 3)
-    assert np.abs(face(person).astype(int) - np.asarray(v.synth_faces(person, [0.9])[0])).max() > 20  # the mouth opens
+    assert np.abs(face(person).astype(int)
+                  - np.asarray(v.synth_faces(person, [0.9])[0])).max() > 20  # the mouth opens
 
 
 def test_gender_is_heard_as_pitch():
-    rng, base = np.random.default_rng(0), v.draw_factors(np.random.default_rng(0)) | {"age": 0, "pitch": 0.0}
+    rng, base = np.random.default_rng(0), v.draw_factors(np.random.default_rng(0)) | {
+        "age": 0, "pitch": 0.0}
     for gender, hz in ((0, 225), (1, 120)):
         x = v.synth_speech(base | {"gender": gender}, rng).astype(float)
         power = np.abs(np.fft.rfft(x, 2 * len(x))) ** 2
@@ -485,18 +528,21 @@ def test_gender_is_heard_as_pitch():
         assert 16000 / lags[np.argmax(auto[lags])] == pytest.approx(hz, rel=0.25)
 
 
-# ---- training and the command line -----------------------------------------------------------------
+# ---- training and the command line ---------------------------------------------------------------
 
 
 def test_a_few_real_steps_lower_the_loss(corpus, tmp_path):
-    v.main(["match-train", "--data", str(corpus), "--out", str(tmp_path), *TINY, "--batch", "32", "--steps", "200",
-            "--speech-width", "8", "--face-width", "8", "--seconds", "0.5", "--eval-every", "200", "--log-every", "40"])
+    v.main(["match-train", "--data", str(corpus), "--out", str(tmp_path), *TINY,
+            "--batch", "32", "--steps", "200", "--speech-width", "8", "--face-width", "8",
+            "--seconds", "0.5", "--eval-every", "200", "--log-every", "40"])
     losses = [json.loads(line)["loss"] for line in open(tmp_path / "log.jsonl")]
-    assert len(losses) == 5 and losses[-1] < math.log(4) - 0.2 < math.log(4) - 0.1 < losses[0]  # from log K downwards
+    # from log K downwards
+    assert len(losses) == 5 and losses[-1] < math.log(4) - 0.2 < math.log(4) - 0.1 < losses[0]
 
 
 def test_run_folder(trained, corpus):
-    assert {"settings.json", "log.jsonl", "best.pt", "last.pt", "metrics.json", "examples.png"} == {p.name for p in trained.iterdir()}
+    assert {"settings.json", "log.jsonl", "best.pt", "last.pt", "metrics.json",
+            "examples.png"} == {p.name for p in trained.iterdir()}
     log = [json.loads(line) for line in open(trained / "log.jsonl")]
     assert [line["step"] for line in log] == [1, 2, 3, 4]
     assert all({"loss", "accuracy", "clips_per_s", "peak_memory_gb"} <= set(line) for line in log)
@@ -508,25 +554,30 @@ def test_run_folder(trained, corpus):
 
 
 def test_match_test_repeats_the_metrics(trained, corpus, tmp_path, capsys):
-    argv = ["match-test", "--data", str(corpus), "--match", str(trained / "best.pt"), "--out", str(tmp_path), "--runs", "2",
-            "--workers", "0", "--batch", "6"]
+    argv = ["match-test", "--data", str(corpus), "--match", str(trained / "best.pt"),
+            "--out", str(tmp_path), "--runs", "2", "--workers", "0", "--batch", "6"]
     assert v.main(argv) == 0
-    assert json.loads((tmp_path / "metrics.json").read_text()) == json.loads((trained / "metrics.json").read_text())
+    assert (json.loads((tmp_path / "metrics.json").read_text())
+            == json.loads((trained / "metrics.json").read_text()))
     assert "V-F 10-way" in capsys.readouterr().out
     v.main(argv + ["--split", "train", "--seed", "9"])
-    assert json.loads((tmp_path / "metrics.json").read_text()) != json.loads((trained / "metrics.json").read_text())
+    assert (json.loads((tmp_path / "metrics.json").read_text())
+            != json.loads((trained / "metrics.json").read_text()))
 
 
 def fingerprint(out):
     """What a run leaves: weights, log without times, metrics."""
     state = torch.load(out / "last.pt", weights_only=True)
-    weights = [round(t.double().sum().item(), 9) for key in ("speech", "face") for t in state[key].values()]
+    weights = [round(t.double().sum().item(), 9)
+               for key in ("speech", "face") for t in state[key].values()]
     log = [[json.loads(line)[k] for k in ("step", "loss")] for line in open(out / "log.jsonl")]
     return weights, log, (out / "metrics.json").read_text()
 
 
-CHANGES = dict(direction="f-v", k=3, steps=5, batch=8, seed=1, seconds=0.3, size=64, sinc_stride=7, speech_width=6, face_width=6,
-               length=5.0, lr=0.3, momentum=0.5, weight_decay=0.1, max_norm=0.01, sinc_lr=1e6, runs=3, eval_every=4, log_every=2, preset="paper")
+CHANGES = dict(direction="f-v", k=3, steps=5, batch=8, seed=1, seconds=0.3, size=64,
+               sinc_stride=7, speech_width=6, face_width=6, length=5.0, lr=0.3, momentum=0.5,
+               weight_decay=0.1, max_norm=0.01, sinc_lr=1e6, runs=3, eval_every=4, log_every=2,
+               preset="paper")
 
 
 @pytest.mark.parametrize("name", [f.name for f in fields(v.MatchSettings)])
@@ -538,7 +589,8 @@ def test_every_setting_matters(name, trained, corpus, tmp_path, monkeypatch, cap
     if name == "workers":
         made = []
         real = torch.utils.data.DataLoader
-        monkeypatch.setattr(torch.utils.data, "DataLoader", lambda *a, **k: made.append(k["num_workers"]) or real(*a, **k))
+        monkeypatch.setattr(torch.utils.data, "DataLoader",
+                            lambda *a, **k: made.append(k["num_workers"]) or real(*a, **k))
         v.match_train(replace(base, out=str(tmp_path), workers=2, runs=1))
         assert set(made) == {2}
         assert fingerprint(tmp_path)[:2] == fingerprint(trained)[:2]  # and changes nothing else
@@ -551,7 +603,8 @@ def test_every_setting_matters(name, trained, corpus, tmp_path, monkeypatch, cap
         return
     if name == "out":
         v.match_train(replace(base, out=str(tmp_path / "x y")))
-        assert fingerprint(tmp_path / "x y") == fingerprint(trained)  # and the same settings give the same run
+        # and the same settings give the same run
+        assert fingerprint(tmp_path / "x y") == fingerprint(trained)
         return
     v.match_train(replace(base, out=str(tmp_path), **{name: CHANGES[name]}))
     if name == "eval_every":
@@ -561,16 +614,21 @@ def test_every_setting_matters(name, trained, corpus, tmp_path, monkeypatch, cap
 
 
 def test_default_run_makes_its_corpus_only_there(tmp_path):
-    """The real command line in a process of its own, in an empty folder, with the default --data."""
+    """The real command line in its own process, in an empty folder, with the default --data."""
     code = ("import sys, voice2face as v; v.MakeSettings.identities = 40; "
             f"sys.exit(v.main(['match-train', '--steps', '2', *{TINY[2:]!r}, '--k', '2']))")
     env_path = str(FILE.parent)
-    done = subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, {env_path!r}); {code}"], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {env_path!r}); {code}"],
+        cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "data/synthetic/labels.csv").exists() and (tmp_path / "runs/match/metrics.json").exists()
+    assert ((tmp_path / "data/synthetic/labels.csv").exists()
+            and (tmp_path / "runs/match/metrics.json").exists())
     assert "\r" not in done.stdout and "V-F  2-way" in done.stdout
-    done = subprocess.run([sys.executable, FILE, "match-train", "--data", "data/missing"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "data/missing: no such folder" in done.stderr
+    done = subprocess.run([sys.executable, FILE, "match-train", "--data", "data/missing"],
+                          cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode == 2 and done.stderr.count("\n") == 1
+            and "data/missing: no such folder" in done.stderr)
     assert not (tmp_path / "data/missing").exists()
 
 
@@ -586,11 +644,12 @@ def test_help_shows_meaning_source_and_default(capsys):
 
 def test_importing_does_nothing(tmp_path):
     code = f"import sys; sys.path.insert(0, {str(FILE.parent)!r}); import voice2face"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code],
+                          cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout, list(tmp_path.iterdir())) == (0, "", [])
 
 
-# ---- errors ----------------------------------------------------------------------------------------
+# ---- errors --------------------------------------------------------------------------------------
 
 
 def test_structural_faults_stop_match_train_with_one_line(tmp_path, capsys):
@@ -608,33 +667,42 @@ def test_structural_faults_stop_match_train_with_one_line(tmp_path, capsys):
     def few(root): shutil.rmtree(root / "train/train3")
     def fine(root): pass
 
-    assert "val: split missing" in line(no_val) and "train0: identity is also in train" in line(two_splits)
-    assert "val1: identity without speech" in line(no_speech) and "test2: identity without faces" in line(no_faces)
+    assert ("val: split missing" in line(no_val)
+            and "train0: identity is also in train" in line(two_splits))
+    assert ("val1: identity without speech" in line(no_speech)
+            and "test2: identity without faces" in line(no_faces))
     assert "train: 3 identities, at least K = 4" in line(few)
     assert "--batch 3" in line(fine, "--batch", "3") and "--k 1" in line(fine, "--k", "1")
-    assert "--steps 0" in line(fine, "--steps", "0") and "--seconds" in line(fine, "--seconds", "0.001")
+    assert ("--steps 0" in line(fine, "--steps", "0")
+            and "--seconds" in line(fine, "--seconds", "0.001"))
     assert "no such folder" in refused(capsys, "match-train", "--data", tmp_path / "none", *TINY)
     assert not (tmp_path / "out").exists()
 
 
 def test_bad_flags_and_checkpoints(tmp_path, trained, corpus, capsys):
-    assert "--device cuda:7" in refused(capsys, "match-train", "--data", corpus, *TINY, "--device", "cuda:7")
+    assert "--device cuda:7" in refused(capsys, "match-train", "--data", corpus, *TINY,
+                                        "--device", "cuda:7")
     assert "no such checkpoint" in refused(capsys, "match-test", "--match", tmp_path / "no.pt")
-    for name, content in (("text.pt", b"hello"), ("cut.pt", (trained / "best.pt").read_bytes()[:5000])):
+    for name, content in (("text.pt", b"hello"),
+                          ("cut.pt", (trained / "best.pt").read_bytes()[:5000])):
         (tmp_path / name).write_bytes(content)
-        assert "not a checkpoint of match-train" in refused(capsys, "match-test", "--match", tmp_path / name)
+        assert "not a checkpoint of match-train" in refused(capsys, "match-test",
+                                                            "--match", tmp_path / name)
     (tmp_path / "file").write_text("")
-    assert "--out" in refused(capsys, "match-train", "--data", corpus, *TINY, "--out", tmp_path / "file" / "run")
-    assert "--identities 5: must be at least 30" in refused(capsys, "make-data", tmp_path / "few", "--identities", "5")
+    assert "--out" in refused(capsys, "match-train", "--data", corpus, *TINY,
+                              "--out", tmp_path / "file" / "run")
+    assert "--identities 5: must be at least 30" in refused(capsys, "make-data", tmp_path / "few",
+                                                            "--identities", "5")
     assert "exists already" in refused(capsys, "make-data", corpus)
     assert "cannot be created" in refused(capsys, "make-data", tmp_path / "file" / "data")
 
 
 def test_a_diverging_run_stops_and_says_so(tmp_path, corpus, capsys):
     (tmp_path / "best.pt").write_text("of an earlier run")
-    line = refused(capsys, "match-train", "--data", corpus, "--out", tmp_path, *TINY, "--lr", "1e20", "--steps", "8", "--eval-every", "9")
+    line = refused(capsys, "match-train", "--data", corpus, "--out", tmp_path, *TINY,
+                   "--lr", "1e20", "--steps", "8", "--eval-every", "9")
     assert "the run diverged" in line and "--lr" in line
-    assert not (tmp_path / "best.pt").exists()  # nothing stale is left to be taken for this run's
+    assert (tmp_path / "best.pt").read_text() == "of an earlier run"  # nothing is lost
 
 
 def test_missing_decoder_says_what_to_install(tmp_path, monkeypatch):
@@ -649,7 +717,8 @@ def test_missing_decoder_says_what_to_install(tmp_path, monkeypatch):
 def test_other_formats_go_through_torchaudio(tmp_path, monkeypatch):
     stereo = torch.stack([torch.linspace(-1, 1, 32000), torch.zeros(32000)])
     monkeypatch.setattr(v.torchaudio, "load", lambda path: (stereo, 32000))
-    x, rate = v.read_speech(str(tmp_path / "x.mp3"), lambda length, rate: (length - rate // 2, length))
+    x, rate = v.read_speech(str(tmp_path / "x.mp3"),
+                            lambda length, rate: (length - rate // 2, length))
     assert rate == 32000
     np.testing.assert_allclose(x, stereo.mean(0)[16000:].numpy())
 
@@ -658,14 +727,16 @@ def test_check_data_lists_every_fault(tmp_path, capsys):
     plain_corpus(tmp_path, 12)
     assert v.main(["check-data", str(tmp_path)]) == 0
     out = capsys.readouterr().out
-    assert "0 faults" in out and "12 identities" in out and "16000 (36)" in out and "40x40 (36)" in out and "in ms: 36 of 36" in out
+    assert ("0 faults" in out and "12 identities" in out and "16000 (36)" in out
+            and "40x40 (36)" in out and "in ms: 36 of 36" in out)
     clip = tmp_path / "train" / "train0"
     write_wav(clip / "empty" / "a.wav", [])
     (clip / "cut.d").mkdir()
     (clip / "cut.d" / "b.wav").write_bytes(b"RIFF")
     write_wav(clip / "silent" / "c.wav", np.zeros(8000))
     (clip / "nan").mkdir()
-    (clip / "nan" / "d.wav").write_bytes(riff(3, 1, 16000, 32, np.array([0.1, np.nan, 0.2], "<f4").tobytes()))
+    (clip / "nan" / "d.wav").write_bytes(
+        riff(3, 1, 16000, 32, np.array([0.1, np.nan, 0.2], "<f4").tobytes()))
     (clip / "flac").mkdir()
     (clip / "flac" / "e.flac").write_bytes(b"no sound")
     (clip / "pics").mkdir()
@@ -681,8 +752,10 @@ def test_check_data_lists_every_fault(tmp_path, capsys):
     capsys.readouterr()
     assert v.main(["check-data", str(tmp_path)]) == 1
     faults = [line for line in capsys.readouterr().out.splitlines() if line.startswith("fault: ")]
-    for part in ("empty/a.wav", "cut.d/b.wav", "silent/c.wav", "nan/d.wav", "flac/e.flac", "pics/f.jpg", "pics/g.png", "pics/tiny.png",
-                 "val3: identity without speech", "test5: identity without faces", "train2: identity is also", "test: 6 identities"):
+    for part in ("empty/a.wav", "cut.d/b.wav", "silent/c.wav", "nan/d.wav", "flac/e.flac",
+                 "pics/f.jpg", "pics/g.png", "pics/tiny.png", "val3: identity without speech",
+                 "test5: identity without faces", "train2: identity is also",
+                 "test: 6 identities"):
         assert sum(part in fault for fault in faults) == 1, part
     assert len(faults) == 12
     shutil.rmtree(tmp_path / "val")
@@ -690,38 +763,44 @@ def test_check_data_lists_every_fault(tmp_path, capsys):
     assert "val: split missing" in capsys.readouterr().out
 
 
-# ---- throughput ------------------------------------------------------------------------------------
+# ---- throughput ----------------------------------------------------------------------------------
 
 
 def bench():
-    """Print the loader's pairs per second and core at the paper's scale, and what a step costs with K = 2 and 10."""
+    """Print loader pairs per second and core at paper scale, and a step's cost at K = 2 and 10."""
     torch.set_num_threads(1)
     root = Path(tempfile.mkdtemp())
     for i in range(200):
         write_wav(root / f"p{i}" / "c" / "s.wav", noise(16000 * 10, i))
         pixels = v.synth_faces(v.draw_factors(np.random.default_rng(i)), [0.5])[0]
         pixels.save(root / f"p{i}" / "c" / "5000.jpg", quality=92)
-    pairs = v.Pairs({p.name: v.list_clips(p) for p in sorted(root.iterdir())}, 6.0, 128, 40, 0, shuffle=True)
+    pairs = v.Pairs({p.name: v.list_clips(p) for p in sorted(root.iterdir())},
+                    6.0, 128, 40, 0, shuffle=True)
     rates = []
     for i in range(30):
         start = time.perf_counter()
         pairs[i]
         rates.append(40 / (time.perf_counter() - start))
     shutil.rmtree(root)
-    print(f"loader, 6 s of 16 kHz PCM with a 128x128 JPEG, one core: median {np.median(rates[10:]):.0f} pairs/s")
+    print("loader, 6 s of 16 kHz PCM with a 128x128 JPEG, one core: "
+          f"median {np.median(rates[10:]):.0f} pairs/s")
     torch.set_num_threads(2)
     cfg = v.MatchSettings()
     speech_encoder, face_encoder = v.make_encoders(cfg, torch.device("cpu"))
-    speech, faces, identity = torch.randn(cfg.batch, int(16000 * cfg.seconds)), torch.randn(cfg.batch, 3, cfg.size, cfg.size), torch.arange(cfg.batch)
+    speech, faces, identity = (torch.randn(cfg.batch, int(16000 * cfg.seconds)),
+                               torch.randn(cfg.batch, 3, cfg.size, cfg.size),
+                               torch.arange(cfg.batch))
     times = {2: [], 10: []}
     for i in range(40):
         for k in times:
             start = time.perf_counter()
             candidates = v.draw_candidates(identity, k, torch.Generator())
-            v.match_loss(speech_encoder(speech), face_encoder(faces), candidates, "v-f")[0].backward()
+            v.match_loss(speech_encoder(speech), face_encoder(faces), candidates,
+                         "v-f")[0].backward()
             times[k].append(time.perf_counter() - start)
     two, ten = (np.median(times[k][5:]) for k in (2, 10))
-    print(f"a step of preset small, forward and backward: K = 2 {1000 * two:.0f} ms, K = 10 {1000 * ten:.0f} ms, ratio {ten / two:.3f}")
+    print("a step of preset small, forward and backward: "
+          f"K = 2 {1000 * two:.0f} ms, K = 10 {1000 * ten:.0f} ms, ratio {ten / two:.3f}")
     with tempfile.TemporaryDirectory() as crowd:
         for i in range(100_000):
             clip = Path(crowd, "train", f"p{i // 10}", f"c{i}")
@@ -733,4 +812,5 @@ def bench():
 
 
 if __name__ == "__main__":
-    sys.exit(bench() if sys.argv[1:2] == ["bench"] else pytest.main([__file__, "-q", *sys.argv[1:]]))
+    sys.exit(bench() if sys.argv[1:2] == ["bench"]
+             else pytest.main([__file__, "-q", *sys.argv[1:]]))

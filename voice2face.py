@@ -1076,7 +1076,7 @@ def print_metrics(metrics):
 
 
 @torch.no_grad()
-def draw_examples(encoders, people, cfg, path, device, rows=6, cell=100):
+def draw_examples(encoders, people, cfg, path, device, rows=4, cell=100):
     """Picture the V-F task: voices, p(f_j | s) of Eq. 1 for K faces, the true one framed green."""
     k = min(max(TEST_KS), len(people))
     pairs = Pairs(people, cfg.seconds, cfg.size, min(max(k, cfg.batch), len(people)),
@@ -1088,10 +1088,12 @@ def draw_examples(encoders, people, cfg, path, device, rows=6, cell=100):
     embedded = [net.eval()(x).cpu() for net, x in zip(encoders, to_device(batch, device))]
     chances = match_logits(*embedded, candidates, "v-f").softmax(1)  # (B, K)
     rows = min(rows, len(batch.identity))
-    picture = Image.new("RGB", ((k + 2) * cell, rows * (cell + 24)), "white")
+    picture = Image.new("RGB", ((k + 2) * cell, rows * (cell + 24) + 30), "white")
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(14)
+    draw.text((10, 8), "a voice", "black", font)
+    draw.text((2 * cell + 4, 8), f"{k} faces and p(face | voice) of each; its own framed", "black", font)
     for row in range(rows):
-        top, x = row * (cell + 24) + 4, batch.speech[row]
+        top, x = row * (cell + 24) + 34, batch.speech[row]
         bars = x.abs().tensor_split(2 * cell - 20)  # one per column of pixels
         for i, height in enumerate((torch.stack([b.max() for b in bars]) / x.abs().max()).tolist()):
             middle, half = top + cell // 2, max(1, 0.45 * cell * height)
@@ -1254,7 +1256,10 @@ def validate(encoders, people, cfg, faults, device, draws=20):
     pairs = Pairs(people, cfg.seconds, cfg.size, cfg.batch, cfg.seed, shuffle=False)
     embedded = embed_pairs(encoders, pairs, device, cfg.workers, faults)
     generator = torch.Generator().manual_seed(cfg.seed)
-    return np.mean([k_way(*embedded, cfg.k, cfg.direction, generator) for _ in range(draws)]).item()
+    val = np.mean([k_way(*embedded, cfg.k, cfg.direction, generator) for _ in range(draws)]).item()
+    if not math.isfinite(val):
+        raise UserError("the run diverged: embeddings are NaN; try a lower --lr")
+    return val
 
 
 def match_train(cfg):
@@ -1263,8 +1268,6 @@ def match_train(cfg):
     if cfg.data == SYNTHETIC and not Path(cfg.data).exists():
         make_data(cfg.data, MakeSettings.identities, MakeSettings.seed)
     corpus, out = open_corpus(cfg.data, cfg.k), make_folder(cfg.out)
-    for name in ("best.pt", "last.pt", "metrics.json"):
-        Path(out, name).unlink(missing_ok=True)  # of an earlier run
     write_json(out / "settings.json", asdict(cfg))
     torch.manual_seed(cfg.seed)
     generator = torch.Generator().manual_seed(cfg.seed)
