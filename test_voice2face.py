@@ -1,6 +1,7 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch==2.11.0", "torchaudio==2.11.0", "numpy", "pillow", "pytest"]
+# dependencies = ["torch==2.11.0", "torchaudio==2.11.0", "numpy", "pillow>=10.1",
+#                 "pytest"]
 # ///
 """Tests of voice2face.py: parts against independent computations, every command on tiny settings.
 
@@ -279,6 +280,34 @@ def test_untrained_networks_score_chance(corpus):
         assert np.mean([s[f"{direction}/10"] for s in scores]) == pytest.approx(10, abs=5)
 
 
+@pytest.mark.parametrize("count", [[1] * 10, [901] + [1] * 9, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]])
+def test_rivals_are_of_other_people_and_fair(count):
+    identity = torch.repeat_interleave(torch.arange(len(count)) * 3 + 1, torch.tensor(count))
+    generator, met = torch.Generator().manual_seed(0), torch.zeros(len(identity))
+    for _ in range(30):
+        rivals = v.draw_rivals(identity, 10, generator)
+        people = torch.cat([identity[:, None], identity[rivals]], 1)
+        assert rivals.shape == (len(identity), 9) and all(len(set(row)) == 10
+                                                          for row in people.tolist())
+        met += rivals.flatten().bincount(minlength=len(identity))
+    assert met.min() > 0 or len(identity) > 500  # every clip of a person serves
+
+
+def test_same_gender_negatives_on_planted_embeddings():
+    """Who knows nothing but the gender scores 3 in 4 among all, and chance among the same gender."""
+    genders = ["f", "m"] * 300 + [""] * 100  # nobody knows of the last hundred
+    one_hot = torch.tensor([[g == "f", g == "m", g == ""] for g in genders]).float()
+    identity = torch.arange(700)
+    rows = [v.matching_run(one_hot[:600], one_hot[:600], identity[:600], genders[:600], seed)
+            for seed in range(10)]
+    assert np.mean([row["v-f/2"] for row in rows]) == pytest.approx(75, abs=2)
+    assert np.mean([row["f-v/10"] for row in rows]) == pytest.approx(20, abs=2)
+    row = v.matching_run(one_hot, one_hot, identity, genders, 0)
+    assert row["v-f/2/gender"] == pytest.approx(50) and row["f-v/10/gender"] == pytest.approx(10)
+    few = v.matching_run(one_hot[:30], one_hot[:30], identity[:30], ["f"] * 9 + [""] * 21, 0)
+    assert "v-f/2/gender" in few and "v-f/10/gender" not in few
+
+
 # ---- sampling ------------------------------------------------------------------------------------
 
 
@@ -321,6 +350,34 @@ def test_speech_window_never_holds_the_faces_time(tmp_path):
             assert not first + 0.2 < ms < last - 0.2 and last - first > 490
             seen.add(ms)
     assert seen == {0, 700, 1500, 2999}
+
+
+@pytest.mark.parametrize("rate", [8000, 44100])
+def test_the_faces_time_is_in_the_recordings_own_rate(tmp_path, rate):
+    write_wav(tmp_path / "x.wav", np.arange(2 * rate) / (2 * rate), rate)  # a ramp over 2 s
+    for seed in range(30):
+        x = v.load_speech(str(tmp_path / "x.wav"), 0.5, np.random.default_rng(seed), 900)
+        inner = x[800:-800] * 2  # s; away from the resampler's edges
+        assert inner.max() < 0.9 or inner.min() > 0.9
+
+
+def test_pairs_stay_within_a_clip_and_flip_half_of_the_faces(tmp_path):
+    """Two clips a person: loudness tells the recording, colour the picture's clip, a bar its side."""
+    for i in range(12):
+        for c in range(2):
+            clip = tmp_path / f"p{i}" / f"c{c}"
+            write_wav(clip / "s.wav", np.full(8000, 0.2 + 0.4 * c))
+            pixels = np.full((40, 40, 3), 100 * c, np.uint8)
+            pixels[:, :10] = 255
+            Image.fromarray(pixels).save(clip / "face.png")
+    people = {f"p{i}": v.list_clips(tmp_path / f"p{i}") for i in range(12)}
+    for shuffle in (True, False):
+        pairs, flipped = v.Pairs(people, 0.25, 32, 12, 0, shuffle), []
+        for batch in (pairs[i] for i in range(40 if shuffle else len(pairs))):
+            loud, face = batch.speech[:, 0] > 0.4, batch.faces[:, 16, 16, 0] > 50
+            assert torch.equal(loud, face)
+            flipped += (batch.faces[:, 16, 28, 0] == 255).tolist()
+        assert np.mean(flipped) == (pytest.approx(0.5, abs=0.12) if shuffle else 0)
 
 
 def test_short_speech_is_repeated_and_long_is_cut(tmp_path):
@@ -419,6 +476,17 @@ def test_faces_are_square_cropped_resized_rgb(tmp_path):
     assert (faces.shape == (1, 3, 32, 32)
             and faces[0, 0, 4, 4].item() == pytest.approx(250 / 127.5 - 1))
     assert faces.min() >= -1 and faces.max() <= 1
+
+
+def test_upright_and_16_bit_faces(tmp_path):
+    pixels = np.zeros((40, 40, 3), np.uint8)
+    pixels[:10] = 200  # a bar on top, once the picture is turned as its EXIF data says
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    Image.fromarray(np.rot90(pixels)).save(tmp_path / "e.png", exif=exif)
+    assert v.load_face(str(tmp_path / "e.png"), 32)[2].mean() == 200
+    Image.fromarray(np.full((40, 40), 128 * 256, np.uint16)).save(tmp_path / "i.png")
+    assert (v.load_face(str(tmp_path / "i.png"), 32) == 128).all()
 
 
 def test_batches_are_a_function_of_their_number(corpus):
@@ -538,6 +606,31 @@ def test_a_few_real_steps_lower_the_loss(corpus, tmp_path):
     losses = [json.loads(line)["loss"] for line in open(tmp_path / "log.jsonl")]
     # from log K downwards
     assert len(losses) == 5 and losses[-1] < math.log(4) - 0.2 < math.log(4) - 0.1 < losses[0]
+
+
+def test_learning_rate_rises_and_falls():
+    rates = [v.learning_rate(i, 100) for i in range(100)]
+    assert rates[0] == 0.1 and max(rates) == rates[10] == 1 and rates[99] < 0.001
+    assert rates[55] == pytest.approx(0.5)
+
+
+def test_the_best_validation_is_what_is_tested(corpus, tmp_path, monkeypatch):
+    scores, tested = iter([30.0, 10.0, 20.0]), []
+    monkeypatch.setattr(v, "validate", lambda encoders, people, *rest: next(scores))
+    monkeypatch.setattr(v, "report_matching", lambda encoders, *rest: tested.append(encoders))
+    v.main(["match-train", "--data", str(corpus), "--out", str(tmp_path), *TINY, "--steps", "6"])
+    best, last = (torch.load(tmp_path / name, weights_only=True) for name in ("best.pt", "last.pt"))
+    assert (best["step"], best["val"], last["step"], last["val"]) == (2, 30.0, 6, 20.0)
+    assert torch.equal(tested[0][1].head.weight, best["face"]["head.weight"])
+
+
+def test_validation_leaves_no_trace_in_the_networks(corpus):
+    cfg = v.MatchSettings(k=2, seconds=0.25, size=32, speech_width=4, face_width=4, workers=0)
+    encoders, people = v.make_encoders(cfg, torch.device("cpu")), v.open_corpus(corpus, 4)["val"]
+    before = {k: t.clone() for k, t in encoders[0].state_dict().items()}
+    v.validate(encoders, people, cfg, v.FaultCounter(), torch.device("cpu"))
+    assert all(torch.equal(t, before[k]) for k, t in encoders[0].state_dict().items())
+    assert encoders[0].training and encoders[1].training
 
 
 def test_run_folder(trained, corpus):
@@ -700,9 +793,30 @@ def test_bad_flags_and_checkpoints(tmp_path, trained, corpus, capsys):
 def test_a_diverging_run_stops_and_says_so(tmp_path, corpus, capsys):
     (tmp_path / "best.pt").write_text("of an earlier run")
     line = refused(capsys, "match-train", "--data", corpus, "--out", tmp_path, *TINY,
-                   "--lr", "1e20", "--steps", "8", "--eval-every", "9")
+                   "--lr", "1e18", "--steps", "8", "--eval-every", "9")
     assert "the run diverged" in line and "--lr" in line
     assert (tmp_path / "best.pt").read_text() == "of an earlier run"  # nothing is lost
+
+
+def test_labels_that_cannot_be_read_stop_before_training(tmp_path, capsys):
+    plain_corpus(tmp_path)
+    argv = ["match-train", "--data", tmp_path, "--out", tmp_path / "out", *TINY]
+    (tmp_path / "labels.csv").write_text("identity,gender\ntrain0,f\n", encoding="utf-8-sig")
+    assert v.read_labels(tmp_path) == {"train0": {"identity": "train0", "gender": "f"}}
+    (tmp_path / "labels.csv").write_text("name;gender\n1;f\n")
+    assert "labels.csv: needs a column 'identity', found name;gender" in refused(capsys, *argv)
+    (tmp_path / "labels.csv").write_bytes("identity\nRené\n".encode("latin-1"))
+    assert "labels.csv: not a CSV file in UTF-8" in refused(capsys, *argv)
+    assert v.main(["check-data", str(tmp_path), "--k", "2"]) == 1
+    assert "fault: " in capsys.readouterr().out and not (tmp_path / "out").exists()
+
+
+def test_limits_of_flags(tmp_path, corpus, capsys):
+    for flag, value in (("--seed", 2**64), ("--seconds", "inf"), ("--seconds", 100), ("--lr", "nan"),
+                        ("--device", "meta")):
+        line = refused(capsys, "match-train", "--data", corpus, "--out", tmp_path / "o", *TINY,
+                       flag, value)
+        assert flag in line
 
 
 def test_missing_decoder_says_what_to_install(tmp_path, monkeypatch):
@@ -744,6 +858,11 @@ def test_check_data_lists_every_fault(tmp_path, capsys):
     whole = (tmp_path / "train/train1/a b/500.png").read_bytes()
     (clip / "pics" / "g.png").write_bytes(whole[:len(whole) // 2])
     write_face(clip / "pics" / "tiny.png", side=16)
+    (clip / "pics" / "._500.png").write_bytes(b"hidden files are no data")
+    (clip / "rate").mkdir()
+    (clip / "rate" / "h.wav").write_bytes(riff(1, 1, 300, 16, b"ab" * 99))
+    (clip / "loud").mkdir()
+    (clip / "loud" / "i.wav").write_bytes(riff(3, 1, 16000, 32, np.full(9, 1e38, "<f4").tobytes()))
     (tmp_path / "val/val3/a b/speech.wav").unlink()
     (tmp_path / "test/test5/a b/500.png").unlink()
     shutil.copytree(tmp_path / "train/train2", tmp_path / "val/train2")
@@ -753,11 +872,11 @@ def test_check_data_lists_every_fault(tmp_path, capsys):
     assert v.main(["check-data", str(tmp_path)]) == 1
     faults = [line for line in capsys.readouterr().out.splitlines() if line.startswith("fault: ")]
     for part in ("empty/a.wav", "cut.d/b.wav", "silent/c.wav", "nan/d.wav", "flac/e.flac",
-                 "pics/f.jpg", "pics/g.png", "pics/tiny.png", "val3: identity without speech",
+                 "pics/f.jpg", "pics/g.png", "pics/tiny.png", "rate/h.wav: 300 Hz", "loud/i.wav", "val3: identity without speech",
                  "test5: identity without faces", "train2: identity is also",
                  "test: 6 identities"):
         assert sum(part in fault for fault in faults) == 1, part
-    assert len(faults) == 12
+    assert len(faults) == 14
     shutil.rmtree(tmp_path / "val")
     v.main(["check-data", str(tmp_path)])
     assert "val: split missing" in capsys.readouterr().out

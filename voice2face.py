@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch==2.11.0", "torchaudio==2.11.0", "numpy", "pillow"]
+# dependencies = ["torch==2.11.0", "torchaudio==2.11.0", "numpy", "pillow>=10.1"]
 # ///
 """voice2face: learn which face belongs to which voice, without a label.
 
@@ -62,6 +62,7 @@ import os
 import shutil
 import struct
 import sys
+import tempfile
 import time
 import wave
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -180,6 +181,8 @@ class CheckSettings:
 SPEECH_FILES = (".wav", ".flac", ".mp3", ".m4a", ".aac", ".ogg", ".opus", ".wma")
 FACE_FILES = (".jpg", ".jpeg", ".png")
 MIN_SIDE = 32  # pixels; a smaller face is a fault [ours]
+MIN_RATE, MAX_RATE = 4000, 192_000  # Hz [ours]
+MAX_SAMPLE = 100.0  # where full scale is 1; a float recording beyond it is a fault [ours]
 SILENCE = 1e-4  # of 1; a recording that never gets louder is a fault [ours]
 MAX_FAULTS = 0.01  # share of the samples that may turn out unreadable before a run ends [ours]
 
@@ -194,14 +197,15 @@ class Clip(NamedTuple):
 
 def subfolders(folder):
     """{name: path} of the folders in a folder, sorted."""
-    return {e.name: e.path for e in sorted(os.scandir(folder), key=lambda e: e.name) if e.is_dir()}
+    found = sorted(os.scandir(folder), key=lambda e: e.name)
+    return {e.name: e.path for e in found if e.is_dir() and not e.name.startswith(".")}
 
 
 def list_clips(folder):
     """The clips of one identity, by listing its folder alone."""
     clips = []
     for path in subfolders(folder).values():
-        names = sorted(os.listdir(path))
+        names = sorted(name for name in os.listdir(path) if not name.startswith("."))
         clip = Clip(path, tuple(name for name in names if name.lower().endswith(SPEECH_FILES)),
                     tuple(name for name in names if name.lower().endswith(FACE_FILES)))
         if clip.speech or clip.faces:
@@ -250,10 +254,13 @@ def read_labels(data):
     path = Path(data, "labels.csv")
     if not path.exists():
         return {}
-    with open(path, newline="", encoding="utf8") as f:
-        rows = list(csv.DictReader(f))
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as f:
+            rows = list(csv.DictReader(f))
+    except (UnicodeDecodeError, csv.Error) as e:
+        raise UserError(f"{path}: not a CSV file in UTF-8 ({e})") from e
     if rows and "identity" not in rows[0]:
-        raise UserError(f"{path}: no column 'identity', found {', '.join(rows[0])}")
+        raise UserError(f"{path}: needs a column 'identity', found {', '.join(map(str, rows[0]))}")
     return {row["identity"]: row for row in rows}
 
 
@@ -279,8 +286,8 @@ def open_wav(f):
             code, channels, rate, bits = struct.unpack("<HHI6xH", body[:16])
             code = struct.unpack("<24xH", body[:26])[0] if code == 0xFFFE else code  # "extensible"
             kind = code, bits
-            if kind not in WAV_TYPES or not channels or not rate:
-                raise ValueError(f"WAV format {code} with {bits} bits is neither PCM nor float")
+            if kind not in WAV_TYPES or not channels:
+                raise LookupError(f"WAV format {code} with {bits} bits is neither PCM nor float")
     raise ValueError("WAV file without samples")
 
 
@@ -320,20 +327,28 @@ def read_speech(path, choose=lambda length, rate: (0, length)):
     the path where there is nothing to use: not decodable, empty, NaN.
     """
     try:
-        x, rate = (read_wav if path.lower().endswith(".wav") else read_other)(path, choose)
+        try:
+            x, rate = (read_wav if path.lower().endswith(".wav") else read_other)(path, choose)
+        except LookupError:  # mu-law and the like
+            x, rate = read_other(path, choose)
     except Exception as e:  # on a damaged file a decoder raises nearly anything
         raise ValueError(f"{path}: {' '.join(str(e).split())}") from e
     if not len(x):
         raise ValueError(f"{path}: no speech in it, or none beside its face's time")
-    if not np.isfinite(x).all():
-        raise ValueError(f"{path}: speech with NaN or infinity")
+    if not (np.abs(x) < MAX_SAMPLE).all():  # false for NaN, too
+        raise ValueError(f"{path}: speech with NaN or samples far outside -1 ... 1")
+    if not MIN_RATE <= rate <= MAX_RATE:
+        raise ValueError(f"{path}: {rate} Hz, allowed are {MIN_RATE} to {MAX_RATE}")
     return x, rate
 
 
 @functools.lru_cache
 def resampler(rate):
-    """torchaudio's resampler to 16 kHz, whose filter is computed once per rate."""
-    return torchaudio.transforms.Resample(rate, RATE)
+    """torchaudio's resampler to 16 kHz, its filters computed once per rate, for multiples of 25 Hz.
+
+    All usual rates are such; 15,999 Hz would need 16,000 filters and is taken for 16 kHz.
+    """
+    return torchaudio.transforms.Resample(round(rate / 25) * 25, RATE)
 
 
 def draw_window(length, window, moment, rng):
@@ -377,6 +392,8 @@ def load_face(path, size=None, flip=False):
         with Image.open(path) as image:
             if size:
                 image.draft("RGB", (size, size))  # decodes a large JPEG at a fraction of its size
+            if image.mode.startswith("I"):  # 16 bits a pixel
+                image = Image.fromarray(np.uint8(np.asarray(image) >> 8))
             face = ImageOps.exif_transpose(image).convert("RGB")
     except Exception as e:  # on a damaged file a decoder raises nearly anything
         raise ValueError(f"{path}: not a readable picture ({e})") from e
@@ -426,17 +443,19 @@ class Pairs:
         people = np.resize(order[first:first + self.batch], self.batch)  # repeats a small corpus
         return [(int(person), None) for person in people]
 
-    def substitutes(self, used, rng):
-        """Everybody in random order, those who are not in the batch first."""
+    def substitutes(self, person, used, rng):
+        """Who may stand in for an unreadable pair: the person, then others, strangers first."""
+        if len(self.clips[person]) > 1:
+            yield from [(person, None)] * 5
         order = rng.permutation(len(self.clips)).tolist()
-        yield from ((p, None) for p in sorted(order, key=lambda p: p in used))
+        yield from ((p, None) for p in sorted(order, key=lambda p: p in used)[:20])
 
     def __getitem__(self, i):
         plan, rows, faults = self.plan(i), [], []
         used = {person for person, _ in plan}
         for n, wanted in enumerate(plan, start=i * self.batch):
             rng = np.random.default_rng([self.seed, n, 1])
-            for person, clip in itertools.chain([wanted], self.substitutes(used, rng)):
+            for person, clip in itertools.chain([wanted], self.substitutes(wanted[0], used, rng)):
                 try:
                     rows.append((*self.load(person, clip, rng), person))
                     used.add(person)
@@ -494,7 +513,7 @@ class FaultCounter:
 
     def add(self, batch):
         """Count a batch; raises UserError when there were too many faults."""
-        for fault in batch.faults:
+        for fault in batch.faults if batch.speech is not None else ():
             print(f"replaced by another sample: {fault}", file=sys.stderr, flush=True)
         self.faults += len(batch.faults)
         self.seen += len(batch.faults) + (0 if batch.speech is None else len(batch.speech))
@@ -506,6 +525,10 @@ class FaultCounter:
 def check_data(data, k):
     """Read all files of a corpus once, print what it holds and all faults; returns their number."""
     corpus, faults = scan_corpus(data, k)
+    try:
+        read_labels(data)
+    except UserError as e:
+        faults.append(str(e))
     clips = [(split, c) for split, people in corpus.items()
              for found in people.values() for c in found]
     hours, rates, sizes, timed = dict.fromkeys(SPLITS, 0.0), {}, {}, 0
@@ -514,7 +537,7 @@ def check_data(data, k):
         for name in clip.speech + clip.faces:
             path = f"{clip.folder}/{name}"
             try:
-                if name in clip.faces:
+                if name.lower().endswith(FACE_FILES):
                     h, w, _ = load_face(path).shape
                     sizes[f"{w}x{h}"] = sizes.get(f"{w}x{h}", 0) + 1
                     timed += bool(clip.speech) and frame_time(name) is not None
@@ -758,25 +781,27 @@ def write_person(data, split, name, seed):
 
 def make_data(data, identities, seed):
     """Write the synthetic corpus, equal for equal seeds; `data` is there once it is complete."""
-    if Path(data).exists():
+    data, started = Path(data), time.time()
+    if data.exists():
         raise UserError(f"{data}: exists already; make-data fills a new folder only")
-    started, part = time.time(), Path(f"{data}.part")
-    shutil.rmtree(part, ignore_errors=True)  # of an interrupted run
-    make_folder(part)
+    make_folder(data.parent)
     val, test = (max(10, round(share * identities)) for share in (0.06, 0.14))
     splits = ["train"] * (identities - val - test) + ["val"] * val + ["test"] * test
     names = [f"id{i:05}" for i in range(identities)]
     seeds = [[seed, i] for i in range(identities)]
     rows, progress = [], Progress("make-data", identities)
-    with concurrent.futures.ProcessPoolExecutor(os.cpu_count()) as pool:
-        for row in pool.map(write_person, [part] * identities, splits, names, seeds, chunksize=8):
-            rows.append(row)
-            progress.show(len(rows))
-    with open(part / "labels.csv", "w", newline="", encoding="utf8") as f:
-        writer = csv.DictWriter(f, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    part.rename(data)
+    with tempfile.TemporaryDirectory(dir=data.parent) as scratch:
+        part = Path(scratch, data.name)
+        with concurrent.futures.ProcessPoolExecutor(min(16, os.cpu_count())) as pool:
+            jobs = pool.map(write_person, [part] * identities, splits, names, seeds, chunksize=8)
+            for row in jobs:
+                rows.append(row)
+                progress.show(len(rows))
+        with open(part / "labels.csv", "w", newline="", encoding="utf8") as f:
+            writer = csv.DictWriter(f, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+        part.rename(data)
     print(f"{data}: {identities} identities in {time.time() - started:.0f} s")
 
 
@@ -799,9 +824,9 @@ class SincConv(nn.Module):
 
     (B, T) -> (B, C, ceil(T / stride)). A filter is the difference of two ideal low-passes,
         g(t) = 2 high sinc(2 high t) - 2 low sinc(2 low t),   sinc(x) = sin(pi x) / (pi x),
-    under a Hamming window, divided by 2 (high - low), which makes its centre 1. What is learned, in Hz,
-    is added to the least cut-off and band; it starts evenly on the mel scale. Raises ValueError for
-    an even number of taps: no centre.
+    under a Hamming window, divided by 2 (high - low), which makes its centre 1. What is learned, in
+    Hz, is added to the least cut-off and band; it starts evenly on the mel scale. Raises ValueError
+    for an even number of taps: no centre.
     """
 
     def __init__(self, filters, taps=251, stride=1, rate=RATE, min_low=50, min_band=50):
@@ -928,12 +953,13 @@ class FaceEncoder(nn.Module):
 
 @torch.no_grad()
 def centre_head(encoder, x):
-    """Set the head so that its outputs for a batch have mean 0 and deviation 1 in each dimension [ours].
+    """Set the head so that its outputs for a batch have mean 0 and deviation 1 throughout [ours].
 
     A fresh network sends all inputs in nearly one direction, so Eq. 1 would see K equal candidates.
     """
     head = encoder.head
     std, mean = torch.std_mean(head(encoder.features(x)), 0)  # (B, D) -> (D,), (D,)
+    std = std.clamp(min=1e-6)  # of a batch that is all alike
     head.weight /= std[:, None]
     head.bias.copy_((head.bias - mean) / std)
 
@@ -973,44 +999,58 @@ def top1(logits):
 
 # ==================================================================================================
 # 5. Matching: K-way tests in both directions [paper §4, Tables 1 and 2], and their ceiling [ours]
-# A row of Table 1 is a training (--direction v-f or f-v) on a corpus of one clip per identity, a row
-# of Table 2 one on VoxCeleb with VGGFace.
+# A row of Table 1 is a training (--direction v-f or f-v) on a corpus of one clip per identity, a
+# row of Table 2 one on VoxCeleb with VGGFace.
 # ==================================================================================================
 
 TEST_KS = (2, 10)  # [paper §4]
-POOL = 512  # clips among which negatives are drawn: memory grows with N, not with its square [ours]
+CHUNK = 4096  # clips compared at once: memory grows with their number, not with its square [ours]
+
+
+def draw_rivals(identity, k, generator):
+    """K-1 negatives (N, K-1) for each of N clips: of different people, never of the clip's own."""
+    _, person, count = torch.unique(identity, return_inverse=True, return_counts=True)  # (N,), (P,)
+    people = torch.cat([person[:, None], torch.zeros(len(person), k - 1, dtype=torch.long)], 1)
+    again = torch.zeros_like(people, dtype=torch.bool)  # (N, K), who is to be drawn
+    again[:, 1:] = True
+    while again.any():
+        people[again] = torch.randint(len(count), (int(again.sum()),), generator=generator)
+        again = (people[:, :, None] == people[:, None, :]).tril(-1).any(2)  # drawn before in a row
+    clips, first = person.argsort(), count.cumsum(0) - count  # clips by person, first of each
+    chosen = (torch.rand(people.shape, generator=generator) * count[people]).long()  # which of them
+    return clips[first[people] + chosen][:, 1:]
 
 
 def k_way(speech, faces, identity, k, direction, generator):
-    """Top-1 accuracy of K-way matching over N clips, in percent: (N, D), (N, D), (N,) -> float.
-
-    Clips are dealt into random pools and find their negatives there, which is as good as among all.
-    """
-    order, hits = torch.randperm(len(identity), generator=generator), 0.0
-    for pool in order.tensor_split(math.ceil(len(order) / POOL)):
-        candidates = draw_candidates(identity[pool], k, generator)
-        hits += top1(match_logits(speech[pool], faces[pool], candidates, direction)).sum().item()
-    return 100 * hits / len(order)
+    """Top-1 accuracy of K-way matching over N clips, in percent: (N, D), (N, D), (N,) -> float."""
+    query, keys = (speech, faces) if direction == "v-f" else (faces, speech)
+    positive = torch.arange(len(identity))[:, None]
+    candidates, hits = torch.cat([positive, draw_rivals(identity, k, generator)], 1), 0.0  # (N, K)
+    for rows in positive[:, 0].split(CHUNK):
+        logits = (query[rows][:, None] * keys[candidates[rows]]).sum(2)  # (n, K, D) -> (n, K), Eq. 1
+        hits += top1(logits).sum().item()
+    return 100 * hits / len(identity)
 
 
 def matching_run(speech, faces, identity, genders, seed):
-    """One run of all tests: {"v-f/2": percent, ...}; with genders (N texts) also "v-f/2/gender".
+    """One run of all tests: {"v-f/2": percent, ..., "v-f/2/gender": ...}; genders are N texts.
 
-    With /gender, negatives are of the positive's gender. A K with too few identities is left out.
+    With /gender the negatives are of the positive's gender, and clips without one ("") stay out. A
+    test that has fewer than K people is left out.
     """
-    groups = {"": [torch.arange(len(identity))]}
-    if genders:
-        groups["/gender"] = [torch.tensor([i for i, g in enumerate(genders) if g == gender])
-                             for gender in sorted(set(genders))]
+    parts = {"": [torch.arange(len(identity))],
+             "/gender": [torch.tensor([i for i, g in enumerate(genders) if g == gender])
+                         for gender in sorted(set(genders) - {""})]}
     row = {}
-    for suffix, parts in groups.items():
-        fewest = min(len(identity[part].unique()) for part in parts)
-        for direction in ("v-f", "f-v"):
-            for k in (k for k in TEST_KS if k <= fewest):
-                generator = torch.Generator().manual_seed(seed)
-                hits = [len(part) * k_way(speech[part], faces[part], identity[part], k, direction,
-                                          generator) for part in parts]
-                row[f"{direction}/{k}{suffix}"] = sum(hits) / len(identity)
+    for direction, k in itertools.product(("v-f", "f-v"), TEST_KS):
+        for suffix, groups in parts.items():
+            groups = [group for group in groups if len(identity[group].unique()) >= k]
+            scores, generator = [], torch.Generator().manual_seed(seed)
+            for group in groups:
+                pairs = speech[group], faces[group], identity[group]
+                scores.append(len(group) * k_way(*pairs, k, direction, generator))
+            if groups:
+                row[f"{direction}/{k}{suffix}"] = sum(scores) / sum(map(len, groups))
     return row
 
 
@@ -1045,8 +1085,7 @@ def evaluate_matching(encoders, people, labels, cfg, runs, device):
         seed = cfg.seed + 1000 * (run + 1)
         pairs = Pairs(people, cfg.seconds, cfg.size, cfg.batch, seed, shuffle=False)
         speech, faces, identity = embed_pairs(encoders, pairs, device, cfg.workers, faults)
-        genders = [labels.get(pairs.names[i], {}).get("gender") for i in identity]
-        genders = genders if all(genders) else None  # known of everybody or not used
+        genders = [labels.get(pairs.names[i], {}).get("gender") or "" for i in identity]
         results[""].append(matching_run(speech, faces, identity, genders, seed))
         if all(factor in labels.get(name, {}) for factor in SHARED for name in pairs.names):
             truth = oracle_embeddings(labels, pairs.names, identity)
@@ -1084,6 +1123,7 @@ def draw_examples(encoders, people, cfg, path, device, rows=4, cell=100):
     batch, generator = pairs[0], torch.Generator().manual_seed(cfg.seed)
     if batch.speech is None:
         return
+    k = min(k, len(batch.identity.unique()))
     candidates = draw_candidates(batch.identity, k, generator)
     embedded = [net.eval()(x).cpu() for net, x in zip(encoders, to_device(batch, device))]
     chances = match_logits(*embedded, candidates, "v-f").softmax(1)  # (B, K)
@@ -1091,7 +1131,8 @@ def draw_examples(encoders, people, cfg, path, device, rows=4, cell=100):
     picture = Image.new("RGB", ((k + 2) * cell, rows * (cell + 24) + 30), "white")
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(14)
     draw.text((10, 8), "a voice", "black", font)
-    draw.text((2 * cell + 4, 8), f"{k} faces and p(face | voice) of each; its own framed", "black", font)
+    title = f"{k} faces and p(face | voice) of each; its own framed"
+    draw.text((2 * cell + 4, 8), title, "black", font)
     for row in range(rows):
         top, x = row * (cell + 24) + 34, batch.speech[row]
         bars = x.abs().tensor_split(2 * cell - 20)  # one per column of pixels
@@ -1134,7 +1175,8 @@ class Progress:
 
     def say(self, line, fleeting=False):
         """Print a line; a fleeting one is overwritten by the next on a terminal."""
-        print(f"\r{line:110}" if self.terminal else line, flush=True,
+        width = shutil.get_terminal_size().columns - 1
+        print(f"\r{line[:width]:{width}}" if self.terminal else line, flush=True,
               end="" if self.terminal and fleeting else "\n")
 
 
@@ -1181,7 +1223,8 @@ def pick_device(name):
     """The torch device of --device; raises UserError where there is no such."""
     name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     try:
-        return torch.empty(0, device=name).device
+        torch.zeros(1, device=name).item()
+        return torch.device(name)
     except (RuntimeError, AssertionError) as e:
         reason = str(e).splitlines()[0]
         raise UserError(f"--device {name}: not available here, use cpu or auto ({reason})") from e
@@ -1267,7 +1310,7 @@ def match_train(cfg):
     device = pick_device(cfg.device)
     if cfg.data == SYNTHETIC and not Path(cfg.data).exists():
         make_data(cfg.data, MakeSettings.identities, MakeSettings.seed)
-    corpus, out = open_corpus(cfg.data, cfg.k), make_folder(cfg.out)
+    corpus, labels, out = open_corpus(cfg.data, cfg.k), read_labels(cfg.data), make_folder(cfg.out)
     write_json(out / "settings.json", asdict(cfg))
     torch.manual_seed(cfg.seed)
     generator = torch.Generator().manual_seed(cfg.seed)
@@ -1307,12 +1350,12 @@ def match_train(cfg):
             log.since = time.time()  # clips_per_s is of training alone
 
     _, encoders = load_match(out / "best.pt", device)
-    report_matching(encoders, corpus["test"], cfg, cfg.runs, out, device)
+    report_matching(encoders, corpus["test"], labels, cfg, cfg.runs, out, device)
 
 
-def report_matching(encoders, people, cfg, runs, out, device):
+def report_matching(encoders, people, labels, cfg, runs, out, device):
     """Print the tests' table and write metrics.json and examples.png."""
-    metrics = evaluate_matching(encoders, people, read_labels(cfg.data), cfg, runs, device)
+    metrics = evaluate_matching(encoders, people, labels, cfg, runs, device)
     print_metrics(metrics)
     write_json(out / "metrics.json", metrics)
     draw_examples(encoders, people, cfg, out / "examples.png", device)
@@ -1322,9 +1365,10 @@ def match_test(args):
     """Test a trained pair on one split: both directions, K = 2 and 10 [paper Tables 1 and 2]."""
     device = pick_device(args.device)
     cfg, encoders = load_match(args.match, device)
-    cfg = replace(cfg, data=args.data, batch=args.batch, seed=args.seed, workers=args.workers)
+    cfg = replace(cfg, batch=args.batch, seed=args.seed, workers=args.workers)
     people = open_corpus(args.data, min(TEST_KS), (args.split,))[args.split]
-    report_matching(encoders, people, cfg, args.runs, make_folder(args.out), device)
+    labels, out = read_labels(args.data), make_folder(args.out)
+    report_matching(encoders, people, labels, cfg, args.runs, out, device)
 
 
 # ==================================================================================================
@@ -1366,15 +1410,20 @@ def check_settings(cfg):
     for f in fields(cfg):
         low = f.metadata["low"]
         rule(f.name, low is None or getattr(cfg, f.name) >= low, f"at least {low}")
+        rule(f.name, f.type not in (int, float) or abs(getattr(cfg, f.name)) < 2**63, "below 2^63")
     if isinstance(cfg, MatchSettings):
         rule("batch", cfg.batch >= cfg.k, f"at least --k {cfg.k}")
         before_last = math.prod(PASE_STRIDES[:-1]) * cfg.sinc_stride  # samples per frame, which
         shortest = 6 * before_last / RATE  # must be 6: the last convolution reflects 5
-        rule("seconds", cfg.seconds >= shortest, f"at least {shortest:.2f} at this --sinc-stride")
+        rule("seconds", shortest <= cfg.seconds <= 60,
+             f"{shortest:.2f} to 60 at this --sinc-stride")
 
 
 def main(argv=None):
     """Run one command; returns the exit code: 0, 1 for a faulty corpus, 2 for a user's mistake."""
+    for stream in (sys.stdout, sys.stderr):  # a path may hold what a terminal cannot print
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     args = vars(make_parser().parse_args(argv))
     command = args.pop("command")
     data = {"data": args.pop("data")} if command.endswith("-data") else {}
@@ -1394,6 +1443,12 @@ def main(argv=None):
     except UserError as e:
         print(f"voice2face: error: {e}", file=sys.stderr)
         return 2
+    except OSError as e:
+        print(f"voice2face: error: {e.filename or 'file'}: {e.strerror or e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("voice2face: interrupted; checkpoints are as of the last validation", file=sys.stderr)
+        return 130
     return 0
 
 
