@@ -1027,7 +1027,7 @@ def k_way(speech, faces, identity, k, direction, generator):
     positive = torch.arange(len(identity))[:, None]
     candidates, hits = torch.cat([positive, draw_rivals(identity, k, generator)], 1), 0.0  # (N, K)
     for rows in positive[:, 0].split(CHUNK):
-        logits = (query[rows][:, None] * keys[candidates[rows]]).sum(2)  # (n, K, D) -> (n, K), Eq. 1
+        logits = (query[rows][:, None] * keys[candidates[rows]]).sum(2)  # (n, K, D) -> (n, K)
         hits += top1(logits).sum().item()
     return 100 * hits / len(identity)
 
@@ -1231,11 +1231,11 @@ def pick_device(name):
 
 
 def make_folder(out):
-    """The folder of --out, created; raises UserError where that fails."""
+    """The folder `out`, created; raises UserError where that fails."""
     try:
         Path(out).mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        raise UserError(f"--out {out}: cannot be created ({e.strerror})") from e
+        raise UserError(f"folder {out}: cannot be created ({e.strerror})") from e
     return Path(out)
 
 
