@@ -30,7 +30,8 @@ Glossary   paper  here        shape          meaning
            K      k                          a matching task's candidates: 1 positive, K-1 negatives
            V-F    "v-f"                      given a voice, pick its face; F-V is the reverse
            One letter per dimension: B clips, K candidates, T samples, L frames, C channels, N taps
-           of a filter, H W pixels, D = 128 embedding. In code F is torch.nn.functional.
+           of a filter, H W pixels, D = 128 embedding; in section 5 N clips, P people.
+           In code F is torch.nn.functional.
 
 Sources    [paper §x]; [PASE] Pascual et al. 2019; [SincNet] Ravanelli and Bengio 2018; [SNGAN]
            Miyato and Koyama 2018; [ours] where the paper is silent. Where this differs, and why:
@@ -1093,9 +1094,10 @@ def evaluate_matching(encoders, people, labels, cfg, runs, device):
     metrics = {}
     for prefix, rows in results.items():
         for key in rows[0] if rows else ():
-            values = np.array([row[key] for row in rows])
+            values = np.array([row.get(key, math.nan) for row in rows])
+            values = values[np.isfinite(values)]  # a run may lack people for a K
             metrics[prefix + key] = round(values.mean(), 2)
-            metrics[f"{prefix}{key}/std"] = round(values.std(ddof=1), 2) if runs > 1 else 0.0
+            metrics[f"{prefix}{key}/std"] = round(values.std(ddof=1), 2) if len(values) > 1 else 0.0
     return metrics
 
 
