@@ -692,7 +692,7 @@ def test_every_setting_matters(name, trained, corpus, tmp_path, monkeypatch, cap
         seen = []
         monkeypatch.setattr(v, "match_train", seen.append)
         v.main(["match-train", "--preset", "paper", "--lr", "0.5"])
-        assert asdict(seen[0]) == asdict(v.MatchSettings(**v.PAPER, preset="paper", lr=0.5))
+        assert asdict(seen[0]) == asdict(v.MatchSettings(**v.PAPER["match-train"], preset="paper", lr=0.5))
         return
     if name == "out":
         v.match_train(replace(base, out=str(tmp_path / "x y")))
@@ -881,6 +881,379 @@ def test_check_data_lists_every_fault(tmp_path, capsys):
     shutil.rmtree(tmp_path / "val")
     v.main(["check-data", str(tmp_path)])
     assert "val: split missing" in capsys.readouterr().out
+
+
+# ---- Generation ----------------------------------------------------------------------------------
+
+
+TINY_GAN = ["--steps", "4", "--batch", "6", "--width", "2", "--r1-every", "2", "--eval-every", "2",
+            "--log-every", "1", "--runs", "2", "--workers", "0", "--device", "cpu"]
+
+
+@pytest.fixture(scope="session")
+def drawn(corpus, trained, tmp_path_factory):
+    """A run folder of the real gan-train on tiny settings."""
+    out = tmp_path_factory.mktemp("gan")
+    assert v.main(["gan-train", "--data", str(corpus), "--match", str(trained / "best.pt"),
+                   "--out", str(out), *TINY_GAN]) == 0
+    return out
+
+
+def test_adain_gives_the_styles_mean_and_deviation():
+    torch.manual_seed(0)
+    layer, x = v.AdaIN(5), 3 + 7 * torch.randn(4, 5, 6, 8)
+    style = torch.randn(4, 2 * v.EMBED)
+    got = layer(x, style).detach().numpy()
+    weight, bias = layer.style.weight.detach().numpy(), layer.style.bias.detach().numpy()
+    predicted = style.numpy() @ weight.T + bias
+    scale, shift = 1 + predicted[:, :5], predicted[:, 5:]
+    np.testing.assert_allclose(got.mean((2, 3)), shift, atol=1e-4)
+    np.testing.assert_allclose(got.std((2, 3)), np.abs(scale), rtol=1e-3)
+    x = x.numpy()
+    by_hand = (x - x.mean((2, 3), keepdims=True)) / x.std((2, 3), keepdims=True)
+    np.testing.assert_allclose(got, scale[..., None, None] * by_hand + shift[..., None, None],
+                               atol=1e-3)
+    flat = layer(torch.full((1, 5, 4, 4), 1e3), style[:1])  # no deviation to divide by
+    assert torch.isfinite(flat).all()
+
+
+@pytest.mark.parametrize("size", [8, 16, 32, 64, 128])
+def test_generator_shape_range_and_both_inputs(size):
+    torch.manual_seed(0)
+    generator = v.Generator(size, 2)
+    z, c = torch.randn(3, 128), 3.5 * torch.randn(3, 128)
+    faces = generator(z, c)
+    assert faces.shape == (3, 3, size, size) and faces.abs().max() <= 1
+    assert 0.05 < faces.std() and (faces.abs() > 0.95).float().mean() < 0.2  # neither grey nor full
+    for other in (generator(z + 1, c), generator(z, c.flip(0))):
+        assert (other - faces).abs().max() > 0.01
+    assert torch.allclose(generator(z, 9 * c), faces, atol=1e-6)  # c has one length
+    assert torch.allclose(generator(z[:1], c[:1]), faces[:1], atol=1e-5)  # no batch statistics
+
+
+def test_generator_refuses_other_sizes():
+    for size in (4, 48, 100, 65):
+        with pytest.raises(ValueError, match=f"power of two from 8 on, got {size}"):
+            v.Generator(size, 2)
+
+
+def test_sizes_and_parameters_of_the_paper_preset():
+    cfg, match = (settings(**v.PAPER[name], preset="paper") for name, settings in (
+        ("gan-train", v.GanSettings), ("match-train", v.MatchSettings)))
+    widths = [1024, 1024, 512, 256, 128, 64]
+    count = 256 * widths[0] * 16 + widths[0] * 16  # z and c to 4x4
+    for a, b in zip(widths, widths[1:]):
+        count += (9 * a * b + b) + (9 * b * b + b) + (a * b + b)  # two 3x3 and a 1x1 convolution
+        count += 257 * 2 * a + 257 * 2 * b  # two AdaIN
+    count += 257 * 2 * 64 + 9 * 64 * 3 + 3
+    with torch.device("meta"):
+        generator = v.Generator(match.size, cfg.width)
+        face_encoder = v.FaceEncoder(match.size, match.face_width)
+    assert sum(p.numel() for p in generator.parameters()) == count == 36_803_843
+    discriminator = v.Discriminator(face_encoder)
+    assert (sum(p.numel() for p in discriminator.parameters())
+            == sum(p.numel() for p in face_encoder.parameters()) + 1024 + 1)
+
+
+def test_logit_is_equation_2_written_out():
+    torch.manual_seed(0)
+    face_encoder = v.FaceEncoder(16, 2, length=3.5)
+    discriminator = v.Discriminator(face_encoder, weight=0.2)
+    faces, c = torch.randn(4, 3, 16, 16), torch.randn(4, 128)
+    h = face_encoder.features(faces).detach().numpy()
+    phi = face_encoder(faces).detach().numpy()
+    psi = h @ discriminator.psi.weight.detach().numpy()[0] + discriminator.psi.bias.item()
+    expected = [0.2 * sum(c[i].numpy() * phi[i]) + psi[i] for i in range(4)]
+    np.testing.assert_allclose(discriminator(faces, c).detach().numpy(), expected, rtol=1e-4)
+    for mine, theirs in zip(discriminator.phi.parameters(), face_encoder.parameters()):
+        assert torch.equal(mine, theirs) and mine is not theirs  # a copy
+    assert all(p.requires_grad for p in discriminator.parameters())
+
+
+def test_losses_and_gradients_against_closed_forms():
+    rng = np.random.default_rng(0)
+    numbers = [torch.tensor(3 * rng.normal(size=7), requires_grad=True) for _ in range(4)]
+    own, other, match, mismatch = (n.detach().numpy() for n in numbers)
+    sigmoid = lambda x: 1 / (1 + np.exp(-x))
+    for loss, x, used in ((v.rel_loss, own - other, numbers[:2]),
+                          (v.relid_loss, own - other + match - mismatch, numbers)):
+        value = loss(*used)
+        assert value.item() == pytest.approx(-np.log(sigmoid(x)).mean(), rel=1e-9)
+        for gradient, sign in zip(torch.autograd.grad(value, used), (-1, 1, -1, 1)):
+            np.testing.assert_allclose(gradient.numpy(), sign * (1 - sigmoid(x)) / 7, rtol=1e-9)
+    for logit in (-1e4, 1e4):  # log(sigmoid(x)) would be minus infinity
+        x = torch.tensor([logit], requires_grad=True)
+        for value in (v.rel_loss(x, x * 0), v.relid_loss(x, 0 * x, 0 * x, 0 * x)):
+            gradient, = torch.autograd.grad(value, x, retain_graph=True)
+            assert value.item() == max(0, -logit) and torch.isfinite(gradient).all()
+
+
+def test_r1_of_functions_with_known_gradients():
+    faces = torch.randn(5, 3, 4, 4)
+    a = torch.tensor(2.0, requires_grad=True)
+    penalty = v.r1_penalty(lambda f, c: a * f.sum((1, 2, 3)), faces, None)
+    assert penalty.item() == pytest.approx(4 * 48)  # |a (1, ..., 1)|^2
+    assert torch.autograd.grad(penalty, a)[0].item() == pytest.approx(2 * 2 * 48)
+    penalty = v.r1_penalty(lambda f, c: (f.square().sum((1, 2, 3)) * c), faces, torch.arange(5))
+    expected = [(2 * i * faces[i]).square().sum().item() for i in range(5)]
+    assert penalty.item() == pytest.approx(np.mean(expected), rel=1e-5)
+    assert not faces.requires_grad
+
+
+def step_parts(seed=0, **changes):
+    """A tiny G and D with optimisers and a batch, as d_step and g_step want them."""
+    torch.manual_seed(seed)
+    cfg = replace(v.GanSettings(), gamma=3.0, r1_every=4, **changes)
+    generator, face_encoder = v.Generator(16, 2), v.FaceEncoder(16, 2, 3.5)
+    discriminator = v.Discriminator(face_encoder, 0.3)
+    batch = (torch.randn(6, 3, 16, 16), *(torch.randn(6, 128) for _ in range(3)))
+    return cfg, generator, discriminator, batch
+
+
+def copy_of(module):
+    return [p.detach().clone() for p in module.parameters()]
+
+
+def same(module, before):
+    return [torch.equal(p, q) for p, q in zip(module.parameters(), before)]
+
+
+@pytest.mark.parametrize("loss", ["relid", "rel"])
+def test_each_step_trains_its_own_side_and_logs_what_it_says(loss):
+    cfg, generator, discriminator, (faces, c, wrong, z) = step_parts(loss=loss)
+    fakes = generator(z, c)
+    g_before, d_before = copy_of(generator), copy_of(discriminator)
+    real_phi, real_psi = (t.detach() for t in discriminator.read(faces))
+    fake_phi, fake_psi = (t.detach() for t in discriminator.read(fakes))
+    inner = lambda a, b: 0.3 * (a * b).sum(1)
+    gap = inner(c, real_phi) + real_psi - inner(c, fake_phi) - fake_psi
+    d_term, g_term = ((inner(c, phi) - inner(wrong, phi)) * (loss == "relid")
+                      for phi in (real_phi, fake_phi))
+    optimizer = torch.optim.SGD(discriminator.parameters(), 0.0)
+    got = v.d_step(discriminator, optimizer, faces, fakes, c, wrong, cfg, True)
+    assert got["loss_d"].item() == pytest.approx(torch.log1p(torch.exp(-gap - d_term)).mean().item())
+    assert got["match_real"].item() == pytest.approx(inner(c, real_phi).mean().item(), rel=1e-4)
+    assert got["match_fake"].item() == pytest.approx(inner(c, fake_phi).mean().item(), rel=1e-4)
+    assert got["mismatch_real"].item() == pytest.approx(inner(wrong, real_phi).mean().item(),
+                                                        rel=1e-4)
+    assert got["r1"].item() == pytest.approx(v.r1_penalty(discriminator, faces, c).item())
+    total = got["loss_d"] + 3.0 / 2 * 4 * v.r1_penalty(discriminator, faces, c)  # gamma/2, 4 steps
+    written = [p.grad for p in discriminator.parameters()]
+    plain = v.d_step(discriminator, optimizer, faces, fakes, c, wrong, cfg, False)
+    assert "r1" not in plain and all(same(discriminator, d_before))  # a rate of 0
+    without = [p.grad.clone() for p in discriminator.parameters()]
+    penalty = torch.autograd.grad(v.r1_penalty(discriminator, faces, c),
+                                  list(discriminator.parameters()), allow_unused=True)
+    for a, b, g in zip(written, without, penalty):
+        if g is not None:
+            assert torch.allclose(a - b, 6.0 * g, atol=1e-4, rtol=1e-3)
+
+    got = v.g_step(discriminator, torch.optim.SGD(generator.parameters(), 0.1),
+                   faces, fakes, c, wrong, cfg)
+    assert got["loss_g"].item() == pytest.approx(
+        torch.log1p(torch.exp(gap - g_term)).mean().item(), rel=1e-4)
+    assert all(same(discriminator, d_before)) and not any(same(generator.blocks, g_before[2:]))
+    assert all(p.requires_grad for p in discriminator.parameters())
+    g_before = copy_of(generator)
+    v.d_step(discriminator, torch.optim.SGD(discriminator.parameters(), 0.1),
+             faces, generator(z, c), c, wrong, cfg, False)
+    assert all(same(generator, g_before)) and not any(same(discriminator.phi.blocks, d_before))
+
+
+def test_average_follows_the_generator():
+    a, g = (torch.nn.Linear(1, 1, bias=False) for _ in range(2))
+    a.weight.data.fill_(1.0), g.weight.data.fill_(2.0)
+    v.follow(a, g, 1, 0.9)  # young: 2/11 of the old
+    assert a.weight.item() == pytest.approx(2 / 11 * 1 + 9 / 11 * 2)
+    v.follow(a, g, 1000, 0.5)
+    assert a.weight.item() == pytest.approx((2 / 11 + 18 / 11) / 2 + 1)
+
+
+def test_gan_run_folder(drawn, trained):
+    assert {"settings.json", "log.jsonl", "last.pt", "metrics.json", "samples"} == {
+        p.name for p in drawn.iterdir()}
+    assert [p.name for p in sorted((drawn / "samples").iterdir())] == ["000002.png", "000004.png"]
+    log = [json.loads(line) for line in open(drawn / "log.jsonl")]
+    steps = [line for line in log if "loss_d" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4]
+    assert all({"loss_g", "match_real", "match_fake", "mismatch_real", "images_per_s",
+                "peak_memory_gb"} <= set(line) for line in steps)
+    assert ["r1" in line for line in steps] == [False, True, False, True]
+    assert [set(line) for line in log if "loss_d" not in line] == 2 * [
+        {"step", "val/preferred", "val/f-v/2", "val/real/f-v/2"}]
+    metrics = json.loads((drawn / "metrics.json").read_text())
+    assert {"preferred", "preferred/std", "f-v/2", "f-v/2/std", "f-v/2/gender"} <= set(metrics)
+    matched = json.loads((trained / "metrics.json").read_text())  # the same people, frames, windows
+    assert {key: metrics[f"real/{key}"] for key in matched if not key.startswith("oracle")} == {
+        key: value for key, value in matched.items() if not key.startswith("oracle")}
+
+
+def test_speech_and_face_encoder_stay_as_match_train_left_them(drawn, trained):
+    after, before = (torch.load(folder / name, weights_only=True) for folder, name in (
+        (drawn, "last.pt"), (trained, "best.pt")))
+    for mine, theirs in (("speech_encoder", "speech"), ("face_encoder", "face")):
+        assert all(torch.equal(after[mine][key], t) for key, t in before[theirs].items())
+
+
+def test_negatives_are_conditions_of_other_people(corpus, trained, tmp_path, monkeypatch):
+    seen, chosen, real = [], [], v.draw_candidates
+
+    def choose(identity, k, generator):
+        chosen.append((identity, real(identity, k, generator)))
+        return chosen[-1][1]
+
+    def step(discriminator, optimizer, faces, fakes, c, wrong, cfg, penalise):
+        seen.append((c, wrong))
+        return dict(loss_d=torch.zeros(()))
+
+    monkeypatch.setattr(v, "draw_candidates", choose), monkeypatch.setattr(v, "d_step", step)
+    v.main(["gan-train", "--data", str(corpus), "--match", str(trained / "best.pt"),
+            "--out", str(tmp_path), *TINY_GAN, "--eval-every", "9"])
+    for (c, wrong), (identity, candidates) in zip(seen, chosen, strict=True):
+        assert c.shape == wrong.shape == (6, 128)
+        for i in range(6):
+            j = candidates[i, 1]
+            assert identity[i] != identity[j] and torch.equal(wrong[i], c[j])
+
+
+def test_a_true_columns_first_and_the_same_voices_and_z_throughout(corpus, trained, tmp_path):
+    v.main(["gan-train", "--data", str(corpus), "--match", str(trained / "best.pt"),
+            "--out", str(tmp_path), *TINY_GAN, "--lr", "0"])
+    first, last = (Image.open(p) for p in sorted((tmp_path / "samples").iterdir()))
+    assert np.array_equal(first, last)  # only G could have changed it
+    pairs = v.Pairs(v.open_corpus(corpus, 2)["val"], 0.25, 32, 8, 0, shuffle=True)
+    truth = pairs[0].faces.numpy().repeat(4, 1).repeat(4, 2)
+    for i in range(8):
+        top = 24 + i * 156 + 24
+        assert np.array_equal(np.asarray(first)[top:top + 128, 2:130], truth[i])
+    assert len({np.asarray(first)[48:176, 132 * j:132 * j + 132].tobytes() for j in range(8)}) == 8
+
+
+def test_preference_and_accuracies_on_planted_generators(corpus, drawn, monkeypatch):
+    gan, people = v.load_gan(drawn / "last.pt", torch.device("cpu")), v.open_corpus(corpus, 2)["test"]
+    def measured(fakes):
+        monkeypatch.setattr(v, "embed_fakes", fakes)
+        return v.evaluate_generator(gan, people, {}, 4, torch.device("cpu"))
+    perfect = measured(lambda gan, c, seed: c)
+    assert perfect["preferred"] == perfect["f-v/2"] == perfect["v-f/10"] == 100
+    worst = measured(lambda gan, c, seed: -c)
+    assert worst["preferred"] == worst["f-v/2"] == 0
+    constant = measured(lambda gan, c, seed: torch.ones(1, 128).expand_as(c))
+    assert constant["v-f/2"] == 50 and constant["v-f/10"] == pytest.approx(10)  # a tie each time
+    assert 30 < constant["f-v/2"] < 70
+
+
+def test_fakes_are_embedded_by_the_inference_stages_encoder(drawn):
+    gan, c = v.load_gan(drawn / "last.pt", torch.device("cpu")), torch.randn(13, 128)
+    z = torch.randn(13, 128, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        expected = gan.face_encoder(gan.generator(z, c))
+    assert torch.allclose(v.embed_fakes(gan, c, 5), expected, atol=1e-5)
+    assert not gan.speech_encoder.training and not any(
+        p.requires_grad for module in gan[2:4] for p in module.parameters())
+
+
+def test_generate_draws_for_any_recording(drawn, tmp_path):
+    paths = [tmp_path / name for name in ("low.wav", "high stereo.wav", "短い.wav", "long.wav")]
+    write_wav(paths[0], noise(8000 * 2), rate=8000)
+    write_wav(paths[1], noise(2 * 44100).reshape(-1, 2), rate=44100, channels=2)
+    write_wav(paths[2], noise(int(0.3 * 16000), 1))
+    write_wav(paths[3], noise(60 * 16000, 2))
+
+    def picture(*more, speech=paths):
+        argv = ["generate", *map(str, speech), "--gan", str(drawn / "last.pt"),
+                "--out", str(tmp_path / "new" / "faces.png"), *more]
+        assert v.main(argv) == 0
+        return np.asarray(Image.open(tmp_path / "new" / "faces.png"))
+
+    first = picture("-n", "3")
+    assert first.shape == (24 + 4 * (132 + 24), 3 * 132, 3)  # 32 pixels a side, enlarged four times
+    assert np.array_equal(picture("-n", "3"), first)
+    assert not np.array_equal(picture("-n", "3", "--seed", "1"), first)
+    assert picture().shape[1] == 8 * 132
+    alone = picture("-n", "3", speech=paths[2:3])  # no matter what else is on the list
+    assert np.array_equal(alone[48:176], first[48 + 2 * 156:176 + 2 * 156])
+
+
+def test_generate_refuses_what_holds_no_voice(drawn, trained, tmp_path, capsys):
+    gan = ["--gan", drawn / "last.pt", "--out", tmp_path / "x.png"]
+    write_wav(tmp_path / "quiet.wav", np.zeros(16000))
+    write_wav(tmp_path / "one.wav", np.ones(1) / 2)
+    write_wav(tmp_path / "none.wav", np.zeros(0))
+    (tmp_path / "nan.wav").write_bytes(riff(3, 1, 16000, 32, np.full(99, np.nan, "<f4").tobytes()))
+    (tmp_path / "text.wav").write_text("hello")
+    for name, said in (("quiet", "silent"), ("one", "silent"), ("none", "no speech"),
+                       ("nan", "NaN"), ("text", "not a WAV"), ("missing", "no such recording")):
+        line = refused(capsys, "generate", tmp_path / f"{name}.wav", *gan)
+        assert said in line and f"{name}.wav" in line
+    assert not (tmp_path / "x.png").exists()
+    write_wav(tmp_path / "good.wav", noise(16000))
+    assert "-n 0: must be at least 1" in refused(capsys, "generate", tmp_path / "good.wav", *gan,
+                                                 "-n", "0")
+    assert "no such checkpoint" in refused(capsys, "generate", tmp_path / "good.wav")
+    assert "not a checkpoint of gan-train" in refused(
+        capsys, "generate", tmp_path / "good.wav", "--gan", trained / "best.pt")
+    assert "not a checkpoint of match-train" in refused(
+        capsys, "gan-train", "--data", tmp_path, "--match", drawn / "last.pt")
+
+
+def test_paper_preset_wants_encoders_of_its_size(trained, corpus, tmp_path, capsys):
+    line = refused(capsys, "gan-train", "--data", corpus, "--match", trained / "best.pt",
+                   "--out", tmp_path / "out", "--preset", "paper")
+    assert "--preset paper" in line and "32 pixels" in line and not (tmp_path / "out").exists()
+
+
+def test_a_nan_stops_the_run_names_step_and_loss_and_keeps_the_checkpoint(
+        corpus, trained, tmp_path, monkeypatch, capsys):
+    calls, real = [], v.g_step
+
+    def step(*args):
+        calls.append(1)
+        return dict(loss_g=torch.tensor(math.nan)) if len(calls) == 3 else real(*args)
+
+    monkeypatch.setattr(v, "g_step", step)
+    line = refused(capsys, "gan-train", "--data", corpus, "--match", trained / "best.pt",
+                   "--out", tmp_path, *TINY_GAN, "--log-every", "4")
+    assert "step 3: loss_g is nan" in line and len(calls) == 4  # found when its line is written
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 2
+    monkeypatch.undo()
+    line = refused(capsys, "gan-train", "--data", corpus, "--match", trained / "best.pt",
+                   "--out", tmp_path / "b", *TINY_GAN, "--d-lr", "1e18")
+    assert "is nan" in line or "is inf" in line
+    assert not (tmp_path / "b" / "last.pt").exists() or v.load_gan(
+        tmp_path / "b" / "last.pt", torch.device("cpu"))
+
+
+GAN_CHANGES = dict(loss="rel", steps=5, batch=8, seed=1, width=3, c_length=4.0, weight=0.7, lr=0.01,
+                   d_lr=0.01, beta1=0.5, beta2=0.5, gamma=50.0, r1_every=3, decay=0.1, runs=3,
+                   eval_every=4, log_every=2)
+
+
+@pytest.mark.parametrize("name", [f.name for f in fields(v.GanSettings)])
+def test_every_setting_of_gan_train_matters(name, drawn, corpus, tmp_path, monkeypatch, capsys):
+    def left(out):
+        weights = [round(t.double().sum().item(), 6) for t in
+                   torch.load(out / "last.pt", weights_only=True)["generator"].values()]
+        log = [{k: x for k, x in json.loads(line).items() if "per_s" not in k and "memory" not in k}
+               for line in open(out / "log.jsonl")]
+        return weights, log, (out / "metrics.json").read_text()
+
+    base = v.GanSettings(**json.loads((drawn / "settings.json").read_text()))
+    if name in ("data", "match", "device"):
+        assert "nowhere" in refused(capsys, "gan-train", "--data", corpus, "--match", base.match,
+                                    *TINY_GAN, "--out", tmp_path, f"--{name}", "nowhere")
+    elif name == "preset":
+        seen = []
+        monkeypatch.setattr(v, "gan_train", seen.append)
+        v.main(["gan-train", "--preset", "paper", "--lr", "0.5"])
+        assert asdict(seen[0]) == asdict(v.GanSettings(
+            **v.PAPER["gan-train"] | dict(preset="paper", lr=0.5)))
+    elif name in ("out", "workers"):  # and the same settings give the same run
+        v.gan_train(replace(base, out=str(tmp_path / "x y"), workers=int(name == "workers")))
+        assert left(tmp_path / "x y") == left(drawn)
+    else:
+        v.gan_train(replace(base, out=str(tmp_path), **{name: GAN_CHANGES[name]}))
+        assert left(tmp_path) != left(drawn)
 
 
 # ---- throughput ----------------------------------------------------------------------------------

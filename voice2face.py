@@ -54,6 +54,7 @@ Commands   python voice2face.py match-train        train S and F on a synthetic 
 import argparse
 import colorsys
 import concurrent.futures
+import copy
 import csv
 import functools
 import itertools
@@ -134,13 +135,64 @@ class MatchSettings:
     momentum: float = setting(0.9, "momentum of SGD", low=0)
     weight_decay: float = setting(1e-4, "weight decay of SGD, but for the sinc cut-offs", low=0)
     max_norm: float = setting(1.0, "length to which longer gradients are cut", low=1e-6)
-    runs: int = setting(5, "runs of the final test, each with fresh negatives", "[paper §4]", low=1)
+    runs: int = setting(5, "runs of the final test, each with fresh negatives", "[paper §4]",
+                        low=1)
     eval_every: int = setting(300, "steps between validations", low=1)
     log_every: int = setting(50, "steps between log lines", low=1)
 
 
-PAPER = dict(seconds=6.0, size=128, sinc_stride=1, speech_width=64, face_width=64,  # as above
-             batch=64, steps=200_000, eval_every=2000, log_every=100, workers=8)  # [ours]
+@dataclass
+class GanSettings:
+    """Settings of gan-train; the defaults are the preset `small`."""
+
+    data: str = setting(SYNTHETIC, "corpus folder; this default is made when missing")
+    match: str = setting("runs/match/best.pt", "checkpoint of match-train: S, F and their sizes")
+    out: str = setting("runs/gan", "run folder: checkpoint, log, samples, metrics")
+    preset: str = setting("small", "small: two CPU cores; paper: its scale",
+                          choices=("small", "paper"))
+    loss: str = setting("relid", "Eq. 5, or Eq. 4 without mismatched identities (rel)",
+                        "[paper §3.2]", choices=("relid", "rel"))
+    steps: int = setting(2800, "training steps, each one of D and one of G", low=1)
+    batch: int = setting(16, "real faces per step", low=2)
+    seed: int = setting(0, "seed of weights, batches, z and c-", low=0)
+    device: str = setting("auto", "cpu, cuda, cuda:1, ...; auto is cuda where there is one")
+    workers: int = setting(1, "loader processes; 0 loads in the training process", low=0)
+    width: int = setting(16, "channels of G's last block, unit of all widths; 64 in [SNGAN]", low=1)
+    c_length: float = setting(1.0, "length of c as G reads it, beside a z of about 11", low=1e-6)
+    weight: float = setting(0.05, "of <c, phi(f)> beside psi; 1 in the paper", low=0)
+    lr: float = setting(2e-3, "learning rate of G's Adam", low=0)
+    d_lr: float = setting(4e-4, "learning rate of D's Adam: its phi is trained already", low=0)
+    beta1: float = setting(0.0, "Adam's decay of the mean gradient", "[StyleGAN]", low=0)
+    beta2: float = setting(0.99, "Adam's decay of the squared gradient", "[StyleGAN]", low=0)
+    gamma: float = setting(1.0, "R1: gamma/2 E |grad_f g(f, c+)|^2 on real faces", low=0)
+    r1_every: int = setting(16, "steps between those with R1, which counts as often",
+                            "[StyleGAN2]", low=1)
+    decay: float = setting(0.998, "of the average of G that pictures and tests use", low=0)
+    runs: int = setting(5, "runs of the final test, each with fresh z and negatives",
+                        "[paper §4]", low=1)
+    eval_every: int = setting(250, "steps between validations, samples and checkpoints", low=1)
+    log_every: int = setting(50, "steps between log lines", low=1)
+
+
+PAPER = {  # the presets `paper`
+    "match-train": dict(
+        seconds=6.0, size=128, sinc_stride=1, speech_width=64, face_width=64,  # as above
+        batch=64, steps=200_000, eval_every=2000, log_every=100, workers=8),  # [ours]
+    "gan-train": dict(
+        width=64,  # [SNGAN]
+        batch=64, steps=200_000, lr=2e-4, d_lr=2e-4,  # [ours]
+        decay=0.999, eval_every=2000, log_every=100, workers=8)}  # [ours]
+
+
+@dataclass
+class GenerateSettings:
+    """Settings of generate."""
+
+    gan: str = setting("runs/gan/last.pt", "checkpoint of gan-train")
+    n: int = setting(8, "faces per recording", low=1)
+    seed: int = setting(0, "seed of z and of the window of long recordings", low=0)
+    out: str = setting("faces.png", "the picture: a row per recording, a column per z")
+    device: str = setting("auto", "cpu, cuda, cuda:1, ...; auto is cuda where there is one")
 
 
 @dataclass
@@ -922,6 +974,14 @@ class FaceBlock(nn.Module):
         return h + self.skip(x)  # a 1x1 layer may as well follow the pooling: a quarter of the work
 
 
+def init_convs(module):
+    """Glorot's initialisation, gain sqrt(2) on 3x3 convolutions [SNGAN]."""
+    for m in module.modules():
+        if isinstance(m, nn.Conv2d):
+            nn.init.xavier_uniform_(m.weight, math.sqrt(2) if m.kernel_size == (3, 3) else 1)
+            nn.init.zeros_(m.bias)
+
+
 class FaceEncoder(nn.Module):
     """F: faces (B, 3, H, W) -> embeddings (B, D). The body of [SNGAN]'s projection discriminator.
 
@@ -939,10 +999,7 @@ class FaceEncoder(nn.Module):
         blocks = [FaceBlock(widths[i], widths[i + 1], first=i == 0) for i in range(downs)]
         self.blocks = nn.Sequential(*blocks, FaceBlock(widths[-1], widths[-1], down=False))
         self.head = nn.Linear(widths[-1], EMBED)
-        for m in self.modules():
-            if isinstance(m, nn.Conv2d):  # Glorot [SNGAN]
-                nn.init.xavier_uniform_(m.weight, math.sqrt(2) if m.kernel_size == (3, 3) else 1)
-                nn.init.zeros_(m.bias)
+        init_convs(self)
 
     def features(self, x):
         """(B, 3, H, W) -> (B, C), what the head reads."""
@@ -999,7 +1056,527 @@ def top1(logits):
 
 
 # ==================================================================================================
-# 5. Matching: K-way tests in both directions [paper §4, Tables 1 and 2], and their ceiling [ours]
+# 5. Generation: AdaIN generator, projection discriminator, relidGAN loss   [paper §3.2]
+# ==================================================================================================
+
+
+class AdaIN(nn.Module):
+    """The style sets mean and deviation of each channel [StyleGAN]: x (B, C, H, W), style (B, 2D).
+
+        AdaIN(x, y) = scale(y) (x - mean(x)) / std(x) + shift(y),   mean and std over H and W
+
+    scale - 1 and shift are linear in the style.
+    """
+
+    def __init__(self, channels):
+        super().__init__()
+        self.style = nn.Linear(2 * EMBED, 2 * channels)
+
+    def forward(self, x, style):
+        scale, shift = self.style(style)[:, :, None, None].chunk(2, 1)  # (B, 2C) -> 2 (B, C, 1, 1)
+        mean = x.mean((2, 3), keepdim=True)  # (B, C, H, W) -> (B, C, 1, 1)
+        var = x.square().mean((2, 3), keepdim=True) - mean.square()
+        gain = (1 + scale) * (var.clamp(min=0) + 1e-5).rsqrt()
+        return torch.addcmul(shift - gain * mean, gain, x)  # twice as fast here as F.instance_norm
+
+
+class UpBlock(nn.Module):
+    """Residual block of [SNGAN]'s generator: (B, C, H, W), style (B, 2D) -> (B, C', 2H, 2W).
+
+    Up-sampling is bilinear, as in [StyleGAN]: with the nearest neighbour odd and even rows differed
+    for long. It stands after the first convolution and the 1x1 layer: half of the work [ours].
+    """
+
+    def __init__(self, channels, out):
+        super().__init__()
+        self.norm1, self.norm2 = AdaIN(channels), AdaIN(out)
+        self.conv1 = nn.Conv2d(channels, out, 3, padding=1)
+        self.conv2 = nn.Conv2d(out, out, 3, padding=1)
+        self.skip = nn.Conv2d(channels, out, 1)
+
+    def forward(self, x, style):
+        h = self.up(self.conv1(F.relu(self.norm1(x, style))))  # (B, C, H, W) -> (B, C', 2H, 2W)
+        h = self.conv2(F.relu(self.norm2(h, style)))
+        return h + self.up(self.skip(x))  # (B, C, H, W) -> (B, C', 2H, 2W)
+
+    @staticmethod
+    def up(x):
+        return F.interpolate(x, scale_factor=2, mode="bilinear")
+
+
+class Generator(nn.Module):
+    """G: z (B, D) and c (B, D) -> faces (B, 3, H, W) in [-1, 1].
+
+    A linear map of [z, c] to 4x4 places, blocks that double the side, tanh [SNGAN]; AdaIN in each
+    layer [paper §3.2]. Its style is [z, c], too: with c alone only c could set a colour, for AdaIN
+    wipes out the mean of what comes from below [ours]. In [SNGAN] width is 64, size 128.
+
+    c_length: the length of c as G reads it. z has 128 directions of variance 1; c lies close to the
+    few that speech and face share. At z's length each of these is far louder than one of z, and G
+    learns to draw everything from c, background included [ours].
+    Raises ValueError unless size is a power of two from 8 on.
+    """
+
+    def __init__(self, size=128, width=64, c_length=1.0):
+        super().__init__()
+        self.c_length, ups = c_length, int(math.log2(size)) - 2
+        if ups < 1 or size != 4 * 2**ups:
+            raise ValueError(f"face size must be a power of two from 8 on, got {size}")
+        widths = [width * 2 ** min(i, 4) for i in range(ups, -1, -1)]  # 1024 1024 512 256 128 64
+        self.first = nn.Linear(2 * EMBED, widths[0] * 4 * 4)
+        self.blocks = nn.ModuleList(UpBlock(*pair) for pair in zip(widths, widths[1:]))
+        self.norm = AdaIN(widths[-1])
+        self.last = nn.Conv2d(widths[-1], 3, 3, padding=1)
+        init_convs(self)
+        nn.init.xavier_uniform_(self.last.weight, 0.3)  # tanh starts where it has a slope [ours]
+
+    def forward(self, z, c):
+        style = torch.cat([z, to_length(c, self.c_length)], 1)  # (B, D), (B, D) -> (B, 2D)
+        x = self.first(style).unflatten(1, (-1, 4, 4))  # (B, 2D) -> (B, C, 4, 4)
+        x = x.contiguous(memory_format=torch.channels_last)
+        for block in self.blocks:
+            x = block(x, style)  # (B, C, H, W) -> (B, C', 2H, 2W)
+        return torch.tanh(self.last(F.relu(self.norm(x, style))))  # (B, C, H, W) -> (B, 3, H, W)
+
+
+class Discriminator(nn.Module):
+    """g(f, c) = weight <c, phi(f)> + psi(phi(f)): faces (B, 3, H, W), c (B, D) -> logits (B,).
+
+    Eq. 2 with Eq. 3's c = S(s); phi starts as the trained F and goes on training [paper §3.2]. The
+    sigmoid A of D = A(g) is in the losses. The weight is 1 in the paper; there the inner products of
+    confident encoders swamp psi, which alone tells real from drawn [ours]. psi is linear and reads
+    what phi's head reads: the embeddings, being of one length, hide too much from it [ours].
+    """
+
+    def __init__(self, face_encoder, weight=1.0):
+        super().__init__()
+        self.phi, self.weight = copy.deepcopy(face_encoder).requires_grad_(True), weight
+        self.psi = nn.Linear(face_encoder.head.in_features, 1)
+        nn.init.normal_(self.psi.weight, std=0.01)  # [ours]
+
+    def read(self, faces):
+        """phi(f) (B, D) and psi (B,) of faces (B, 3, H, W)."""
+        h = self.phi.features(faces)  # (B, 3, H, W) -> (B, C)
+        return to_length(self.phi.head(h), self.phi.length), self.psi(h)[:, 0]
+
+    def match(self, c, phi):
+        """weight <c, phi(f)>: (B, D), (B, D) -> (B,)."""
+        return self.weight * (c * phi).sum(1)
+
+    def forward(self, faces, c):
+        phi, psi = self.read(faces)
+        return self.match(c, phi) + psi
+
+
+def rel_loss(own, other):
+    """-E log A(g(own, c+) - g(other, c+)): Eq. 4 in Eq. 6; logits (B,), (B,) -> ().
+
+    D's side has own = real and other = fake, G's the reverse. -log A(x) = softplus(-x).
+    """
+    return F.softplus(-(own - other)).mean()
+
+
+def relid_loss(own, other, match, mismatch):
+    """-E log A(g(own, c+) - g(other, c+) + <c+, phi(own)> - <c-, phi(own)>): Eq. 5 in Eq. 6.
+
+    All (B,); own and other as in rel_loss. match and mismatch say how well one's own face fits the
+    voice and another person's voice: without them phi forgets who fits whom [paper §3.2].
+    """
+    return F.softplus(-(own - other + match - mismatch)).mean()
+
+
+def r1_penalty(discriminator, faces, c):
+    """R1 = E |grad_f g(f, c+)|^2 over real faces, without gamma / 2: -> () [R1]."""
+    faces = faces.detach().requires_grad_(True)
+    grad, = torch.autograd.grad(discriminator(faces, c).sum(), faces, create_graph=True)
+    return grad.square().sum((1, 2, 3)).mean()  # (B, 3, H, W) -> (B,) -> ()
+
+
+def adversarial_loss(kind, own, other, match, mismatch):
+    """The loss that --loss names."""
+    return relid_loss(own, other, match, mismatch) if kind == "relid" else rel_loss(own, other)
+
+
+def d_step(discriminator, optimizer, faces, fakes, c, wrong, cfg, penalise):
+    """Train D on real and drawn faces (B, 3, H, W), c+ and c- (B, D); {name: number to log}.
+
+    With `penalise` R1 joins, also for the steps that went without it [StyleGAN2].
+    """
+    phi, psi = discriminator.read(torch.cat([faces, fakes.detach()]))  # (2B, D), (2B,)
+    (phi_real, phi_fake), (psi_real, psi_fake) = phi.chunk(2), psi.chunk(2)
+    match_real, match_fake = discriminator.match(c, phi_real), discriminator.match(c, phi_fake)
+    mismatch = discriminator.match(wrong, phi_real)  # <c-, phi(real)>
+    loss = adversarial_loss(cfg.loss, match_real + psi_real, match_fake + psi_fake,
+                            match_real, mismatch)
+    numbers = dict(loss_d=loss, match_real=match_real.mean(), match_fake=match_fake.mean(),
+                   mismatch_real=mismatch.mean())
+    optimizer.zero_grad()
+    if penalise:
+        numbers["r1"] = r1_penalty(discriminator, faces, c)
+        loss = loss + cfg.gamma / 2 * cfg.r1_every * numbers["r1"]
+    loss.backward()
+    optimizer.step()
+    return numbers
+
+
+def g_step(discriminator, optimizer, faces, fakes, c, wrong, cfg):
+    """Train G, through the faces that it drew, to fit c+ better than real ones; {"loss_g": number}.
+    """
+    discriminator.requires_grad_(False)
+    phi, psi = discriminator.read(fakes)  # (B, D), (B,)
+    match, mismatch = discriminator.match(c, phi), discriminator.match(wrong, phi)
+    loss = adversarial_loss(cfg.loss, match + psi, discriminator(faces, c), match, mismatch)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    discriminator.requires_grad_(True)
+    return dict(loss_g=loss)
+
+
+@torch.no_grad()
+def follow(average, generator, step, decay):
+    """Move the average of G towards G; a young average forgets faster [ours]."""
+    decay = min(decay, (1 + step) / (10 + step))
+    for mean, new in zip(average.parameters(), generator.parameters()):
+        mean.lerp_(new, 1 - decay)
+
+
+# ==================================================================================================
+# 6. Training
+# ==================================================================================================
+
+
+class Progress:
+    """A line with the time left: rewritten in place on a terminal, in a file a new one at times."""
+
+    def __init__(self, name, total):
+        self.name, self.total, self.started, self.shown = name, total, time.time(), time.time()
+        self.terminal = sys.stdout.isatty()
+
+    def show(self, done, text="", always=False):
+        """Say that `done` of all are done; in a file only every 10 s, unless `always`."""
+        now = time.time()
+        if always or done == self.total or now - self.shown > (0.2 if self.terminal else 10):
+            self.shown, left = now, (now - self.started) / max(done, 1) * (self.total - done)
+            self.say(f"{self.name} {done}/{self.total}  {text}  {left:.0f} s left",
+                     done < self.total)
+
+    def say(self, line, fleeting=False):
+        """Print a line; a fleeting one is overwritten by the next on a terminal."""
+        width = shutil.get_terminal_size().columns - 1
+        print(f"\r{line[:width]:{width}}" if self.terminal else line, flush=True,
+              end="" if self.terminal and fleeting else "\n")
+
+
+def peak_memory(device):
+    """The most memory in use so far in GB, of the GPU or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    if resource is None:
+        return 0.0
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+class RunLog:
+    """log.jsonl, line by line: step, means since the last, clips_per_s, peak_memory_gb, faults."""
+
+    def __init__(self, out, steps, device, unit="clips"):
+        self.file = open(out / "log.jsonl", "w", encoding="utf8")
+        self.progress, self.device, self.unit = Progress("step", steps), device, unit
+        self.values, self.clips, self.since = {}, 0, time.time()
+
+    def add(self, step, clips, **values):
+        """Keep a step's numbers as they are: a tensor is not read before its line is written."""
+        self.clips += clips
+        for name, value in values.items():
+            self.values.setdefault(name, []).append((step, value.detach()))
+
+    def write(self, step, faults):
+        """Write and show the line of a step; raises UserError at the first number that is none."""
+        line = {"step": step}
+        for name, found in self.values.items():
+            steps, numbers = zip(*found)
+            numbers = torch.stack(numbers).tolist()
+            for at, number in zip(steps, numbers):
+                check_finite(number, f"step {at}: {name} is {number}")
+            line[name] = round(sum(numbers) / len(numbers), 4)
+        line |= {f"{self.unit}_per_s": round(self.clips / (time.time() - self.since), 1),
+                 "peak_memory_gb": round(peak_memory(self.device), 3), "faults": faults}
+        self.record(line)
+        text = "  ".join(f"{name} {value:g}" for name, value in line.items() if name != "step")
+        self.progress.show(step, text, always=True)
+        self.values, self.clips, self.since = {}, 0, time.time()
+
+    def record(self, line):
+        """Write a line as it is."""
+        print(json.dumps(line), file=self.file, flush=True)
+
+
+def check_finite(number, where):
+    """Raise UserError unless a number is finite."""
+    if not math.isfinite(number):
+        raise UserError(f"{where}: the run diverged, try a lower --lr; "
+                        "its checkpoints are as of the last validation")
+
+
+def pick_device(name):
+    """The torch device of --device; raises UserError where there is no such."""
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    try:
+        torch.zeros(1, device=name).item()
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as e:
+        reason = str(e).splitlines()[0]
+        raise UserError(f"--device {name}: not available here, use cpu or auto ({reason})") from e
+
+
+def make_folder(out):
+    """The folder `out`, created; raises UserError where that fails."""
+    try:
+        Path(out).mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"folder {out}: cannot be created ({e.strerror})") from e
+    return Path(out)
+
+
+def write_json(path, content):
+    """Write a dict as indented JSON."""
+    Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf8")
+
+
+def make_encoders(cfg, device):
+    """Fresh (S, F) as the settings say."""
+    speech_encoder = SpeechEncoder(cfg.speech_width, cfg.sinc_stride, cfg.length).to(device)
+    face_encoder = FaceEncoder(cfg.size, cfg.face_width, cfg.length).to(device)
+    return speech_encoder, face_encoder.to(memory_format=torch.channels_last)  # 1.5 times faster
+
+
+def save_checkpoint(path, modules, **more):
+    """Write weights and more beside `path` and rename, so that `path` is whole at any time."""
+    weights = {name: module.state_dict() for name, module in modules.items()}
+    torch.save(weights | more, f"{path}.part")
+    os.replace(f"{path}.part", path)
+
+
+def load_checkpoint(path, device, command, build):
+    """build(state) of a checkpoint that `command` wrote; raises UserError where it is none."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such checkpoint; {command} writes them")
+    try:
+        return build(torch.load(path, map_location=device, weights_only=True))
+    except Exception as e:  # on a damaged file torch.load raises nearly anything
+        raise UserError(f"{path}: not a checkpoint of {command} ({type(e).__name__})") from e
+
+
+def load_match(path, device):
+    """(MatchSettings, (S, F)) of a checkpoint of match-train; raises UserError where it is none."""
+    def build(state):
+        cfg = MatchSettings(**state["settings"])
+        encoders = make_encoders(cfg, device)
+        for encoder, name in zip(encoders, ("speech", "face")):
+            encoder.load_state_dict(state[name])
+        return cfg, encoders
+
+    return load_checkpoint(path, device, "match-train", build)
+
+
+class Gan(NamedTuple):
+    """What draws faces and judges them: both settings, S and F of match-train, the average of G."""
+
+    cfg: GanSettings
+    match: MatchSettings
+    speech_encoder: nn.Module
+    face_encoder: nn.Module
+    generator: nn.Module
+
+
+def make_gan(cfg, match, encoders, device):
+    """S and F frozen, and a fresh G as the settings say."""
+    speech_encoder, face_encoder = (e.eval().requires_grad_(False) for e in encoders)
+    generator = Generator(match.size, cfg.width, cfg.c_length).to(device)
+    return Gan(cfg, match, speech_encoder, face_encoder,
+               generator.to(memory_format=torch.channels_last))
+
+
+def save_gan(path, gan, step):
+    """Write a checkpoint of gan-train."""
+    save_checkpoint(path, dict(zip(Gan._fields[2:], gan[2:])), step=step,
+                    settings=asdict(gan.cfg), match=asdict(gan.match))
+
+
+def load_gan(path, device):
+    """The Gan of a checkpoint of gan-train; raises UserError where it is none."""
+    def build(state):
+        match = MatchSettings(**state["match"])
+        gan = make_gan(GanSettings(**state["settings"]), match, make_encoders(match, device),
+                       device)
+        for name, module in zip(Gan._fields[2:], gan[2:]):
+            module.load_state_dict(state[name])
+        return gan
+
+    return load_checkpoint(path, device, "gan-train", build)
+
+
+def learning_rate(step, steps):
+    """Share of the peak rate: up in a line over the first tenth, then down half a cosine [ours]."""
+    warm = max(1, steps // 10)
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def make_optimizer(encoders, cfg):
+    """SGD [paper §4]; the sinc cut-offs, being in Hz, have their own rate and no weight decay."""
+    cut_offs = list(encoders[0].convs[0].parameters())
+    others = [p for encoder in encoders for p in encoder.parameters()
+              if all(p is not c for c in cut_offs)]
+    groups = [dict(params=others), dict(params=cut_offs, lr=cfg.lr * cfg.sinc_lr, weight_decay=0.0)]
+    optimizer = torch.optim.SGD(groups, cfg.lr, cfg.momentum, weight_decay=cfg.weight_decay)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda i: learning_rate(i, cfg.steps))
+
+
+def validate(encoders, people, cfg, faults, device, draws=20):
+    """Accuracy (%) of the trained task: always the same windows, a mean over draws of negatives."""
+    pairs = Pairs(people, cfg.seconds, cfg.size, cfg.batch, cfg.seed, shuffle=False)
+    embedded = embed_pairs(encoders, pairs, device, cfg.workers, faults)
+    generator = torch.Generator().manual_seed(cfg.seed)
+    val = np.mean([k_way(*embedded, cfg.k, cfg.direction, generator) for _ in range(draws)]).item()
+    check_finite(val, "validation")
+    return val
+
+
+def find_corpus(cfg):
+    """Make the synthetic corpus where it is asked for and missing."""
+    if cfg.data == SYNTHETIC and not Path(cfg.data).exists():
+        make_data(cfg.data, MakeSettings.identities, MakeSettings.seed)
+
+
+def match_train(cfg):
+    """Train S and F label-free on Eq. 1, keep the pair that validates best, test that one."""
+    device = pick_device(cfg.device)
+    find_corpus(cfg)
+    corpus, labels, out = open_corpus(cfg.data, cfg.k), read_labels(cfg.data), make_folder(cfg.out)
+    write_json(out / "settings.json", asdict(cfg))
+    torch.manual_seed(cfg.seed)
+    generator = torch.Generator().manual_seed(cfg.seed)
+    encoders = speech_encoder, face_encoder = make_encoders(cfg, device)
+    optimizer, schedule = make_optimizer(encoders, cfg)
+    pairs = Pairs(corpus["train"], cfg.seconds, cfg.size, cfg.batch, cfg.seed, shuffle=True)
+    log, faults, best = RunLog(out, cfg.steps, device), FaultCounter(), -1.0
+
+    for step, batch in enumerate(load_batches(pairs, range(cfg.steps), cfg.workers), start=1):
+        faults.add(batch)
+        speech, faces = to_device(batch, device)  # (B, T), (B, 3, H, W)
+        if step == 1:
+            centre_head(speech_encoder, speech)
+            centre_head(face_encoder, faces)
+        candidates = draw_candidates(batch.identity, cfg.k, generator).to(device)  # (B, K)
+        loss, hits = match_loss(speech_encoder(speech), face_encoder(faces),
+                                candidates, cfg.direction)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_([*speech_encoder.parameters(), *face_encoder.parameters()],
+                                 cfg.max_norm)
+        optimizer.step()
+        schedule.step()
+
+        log.add(step, cfg.batch, loss=loss, accuracy=100 * hits)
+        validating = step % cfg.eval_every == 0 or step == cfg.steps
+        if validating or step % cfg.log_every == 0:
+            log.write(step, faults.faults)
+        if validating:
+            val = validate(encoders, corpus["val"], cfg, faults, device)
+            log.progress.say(f"validation after step {step}: "
+                             f"{cfg.direction} {cfg.k}-way {val:.1f} %")
+            parts = dict(speech=speech_encoder, face=face_encoder)
+            save_checkpoint(out / "last.pt", parts, settings=asdict(cfg), step=step, val=val)
+            if val > best:
+                best = val
+                save_checkpoint(out / "best.pt", parts, settings=asdict(cfg), step=step,
+                                val=val)
+            log.since = time.time()  # clips_per_s is of training alone
+
+    _, encoders = load_match(out / "best.pt", device)
+    report_matching(encoders, corpus["test"], labels, cfg, cfg.runs, out, device)
+
+
+def report_matching(encoders, people, labels, cfg, runs, out, device):
+    """Print the tests' table and write metrics.json and examples.png."""
+    metrics = evaluate_matching(encoders, people, labels, cfg, runs, device)
+    print_metrics(metrics)
+    write_json(out / "metrics.json", metrics)
+    draw_examples(encoders, people, cfg, out / "examples.png", device)
+
+
+def match_test(args):
+    """Test a trained pair on one split: both directions, K = 2 and 10 [paper Tables 1 and 2]."""
+    device = pick_device(args.device)
+    cfg, encoders = load_match(args.match, device)
+    cfg = replace(cfg, batch=args.batch, seed=args.seed, workers=args.workers)
+    people = open_corpus(args.data, min(TEST_KS), (args.split,))[args.split]
+    labels, out = read_labels(args.data), make_folder(args.out)
+    report_matching(encoders, people, labels, cfg, args.runs, out, device)
+
+
+def gan_train(cfg):
+    """Train G and D on a frozen S [paper §3.2]; what is kept and tested is the average of G."""
+    device = pick_device(cfg.device)
+    match, encoders = load_match(cfg.match, device)
+    side = PAPER["match-train"]["size"]
+    if cfg.preset == "paper" and match.size != side:
+        raise UserError(f"--preset paper: needs encoders of {side} pixels, {cfg.match} is of "
+                        f"{match.size} pixels; train it with match-train --preset paper")
+    find_corpus(cfg)
+    corpus, labels, out = open_corpus(cfg.data, 2), read_labels(cfg.data), make_folder(cfg.out)
+    write_json(out / "settings.json", asdict(cfg))
+    samples = make_folder(out / "samples")
+    torch.manual_seed(cfg.seed)
+    gan = make_gan(cfg, match, encoders, device)
+    generator, discriminator = copy.deepcopy(gan.generator), Discriminator(gan.face_encoder,
+                                                                           cfg.weight).to(device)
+    betas = (cfg.beta1, cfg.beta2)
+    g_optimizer = torch.optim.Adam(generator.parameters(), cfg.lr, betas)  # [paper §4]
+    d_optimizer = torch.optim.Adam(discriminator.parameters(), cfg.d_lr, betas)
+    pairs = Pairs(corpus["train"], match.seconds, match.size, cfg.batch, cfg.seed, shuffle=True)
+    log, faults = RunLog(out, cfg.steps, device, "images"), FaultCounter()
+
+    for step, batch in enumerate(load_batches(pairs, range(cfg.steps), cfg.workers), start=1):
+        faults.add(batch)
+        speech, faces = to_device(batch, device)  # (B, T), (B, 3, H, W)
+        rng = torch.Generator().manual_seed((cfg.seed * 2**32 + step) % 2**63)
+        with torch.no_grad():
+            c = gan.speech_encoder(speech)  # c+: (B, T) -> (B, D)
+        wrong = c[draw_candidates(batch.identity, 2, rng)[:, 1].to(device)]  # c-: (B, D)
+        fakes = generator(torch.randn(c.shape, generator=rng).to(device), c)  # (B, 3, H, W)
+        numbers = d_step(discriminator, d_optimizer, faces, fakes, c, wrong, cfg,
+                         penalise=step % cfg.r1_every == 0)
+        numbers |= g_step(discriminator, g_optimizer, faces, fakes, c, wrong, cfg)
+        follow(gan.generator, generator, step, cfg.decay)
+
+        log.add(step, len(faces), **numbers)
+        validating = step % cfg.eval_every == 0 or step == cfg.steps
+        if validating or step % cfg.log_every == 0:
+            log.write(step, faults.faults)
+        if validating:
+            val = evaluate_generator(gan, corpus["val"], {}, 1, device)
+            val = {name: val[name] for name in ("preferred", "f-v/2", "real/f-v/2")}
+            log.record({"step": step} | {f"val/{name}": value for name, value in val.items()})
+            log.progress.say(f"validation after step {step}: "
+                             + "  ".join(f"{name} {value:.1f} %" for name, value in val.items()))
+            draw_samples(gan, corpus["val"], samples / f"{step:06}.png", device)
+            save_gan(out / "last.pt", gan, step)
+            log.since = time.time()  # images_per_s is of training alone
+
+    metrics = evaluate_generator(gan, corpus["test"], labels, cfg.runs, device)
+    print_generation(metrics)
+    write_json(out / "metrics.json", metrics)
+
+
+# ==================================================================================================
+# 7. Analyses: K-way matching in both directions [paper §4, Tables 1 and 2] and its ceiling [ours];
+# what the inference networks make of generated faces [paper §4, QTA 2]
 # A row of Table 1 is a training (--direction v-f or f-v) on a corpus of one clip per identity, a
 # row of Table 2 one on VoxCeleb with VGGFace.
 # ==================================================================================================
@@ -1058,13 +1635,15 @@ def matching_run(speech, faces, identity, genders, seed):
 @torch.no_grad()
 def embed_pairs(encoders, pairs, device, workers, faults):
     """A pair of every clip, encoded: speech (N, D), faces (N, D), identity (N,), on the CPU."""
+    modes = [encoder.training for encoder in encoders]
     speech_encoder, face_encoder = (encoder.eval() for encoder in encoders)
     rows = []
     for batch in load_batches(pairs, range(len(pairs)), workers):
         faults.add(batch)
         speech, faces = to_device(batch, device)
         rows.append((speech_encoder(speech).cpu(), face_encoder(faces).cpu(), batch.identity))
-    speech_encoder.train(), face_encoder.train()
+    for encoder, mode in zip(encoders, modes):
+        encoder.train(mode)
     return [torch.cat(column) for column in zip(*rows)]
 
 
@@ -1091,13 +1670,18 @@ def evaluate_matching(encoders, people, labels, cfg, runs, device):
         if all(factor in labels.get(name, {}) for factor in SHARED for name in pairs.names):
             truth = oracle_embeddings(labels, pairs.names, identity)
             results["oracle/"].append(matching_run(truth, truth, identity, genders, seed))
+    return {prefix + key: value for prefix, rows in results.items()
+            for key, value in mean_and_std(rows).items()}
+
+
+def mean_and_std(rows):
+    """{key: mean, key/std: deviation} over the runs' rows; a run may lack people for a K."""
     metrics = {}
-    for prefix, rows in results.items():
-        for key in rows[0] if rows else ():
-            values = np.array([row.get(key, math.nan) for row in rows])
-            values = values[np.isfinite(values)]  # a run may lack people for a K
-            metrics[prefix + key] = round(values.mean(), 2)
-            metrics[f"{prefix}{key}/std"] = round(values.std(ddof=1), 2) if len(values) > 1 else 0.0
+    for key in rows[0] if rows else ():
+        values = np.array([row.get(key, math.nan) for row in rows])
+        values = values[np.isfinite(values)]
+        metrics[key] = round(values.mean(), 2)
+        metrics[f"{key}/std"] = round(values.std(ddof=1), 2) if len(values) > 1 else 0.0
     return metrics
 
 
@@ -1155,230 +1739,133 @@ def draw_examples(encoders, people, cfg, path, device, rows=4, cell=100):
     picture.save(path)
 
 
-# ==================================================================================================
-# 6. Training
-# ==================================================================================================
+@torch.no_grad()
+def draw_fakes(gan, c, z):
+    """G(z, c), (N, 3, H, W), of N conditions (N, D) and z (N, D), by the average of G."""
+    device = next(gan.generator.parameters()).device
+    chunks = zip(z.split(gan.cfg.batch), c.split(gan.cfg.batch))
+    return torch.cat([gan.generator(z.to(device), c.to(device)) for z, c in chunks])
 
 
-class Progress:
-    """A line with the time left: rewritten in place on a terminal, in a file a new one at times."""
-
-    def __init__(self, name, total):
-        self.name, self.total, self.started, self.shown = name, total, time.time(), time.time()
-        self.terminal = sys.stdout.isatty()
-
-    def show(self, done, text="", always=False):
-        """Say that `done` of all are done; in a file only every 10 s, unless `always`."""
-        now = time.time()
-        if always or done == self.total or now - self.shown > (0.2 if self.terminal else 10):
-            self.shown, left = now, (now - self.started) / max(done, 1) * (self.total - done)
-            self.say(f"{self.name} {done}/{self.total}  {text}  {left:.0f} s left",
-                     done < self.total)
-
-    def say(self, line, fleeting=False):
-        """Print a line; a fleeting one is overwritten by the next on a terminal."""
-        width = shutil.get_terminal_size().columns - 1
-        print(f"\r{line[:width]:{width}}" if self.terminal else line, flush=True,
-              end="" if self.terminal and fleeting else "\n")
+@torch.no_grad()
+def embed_fakes(gan, c, seed):
+    """F(G(z, c)), (N, D), of N conditions (N, D), on the CPU; z is new for each."""
+    z, rows = torch.randn(c.shape, generator=torch.Generator().manual_seed(seed)), []
+    for z, c in zip(z.split(CHUNK), c.split(CHUNK)):
+        faces = draw_fakes(gan, c, z)  # (n, D) -> (n, 3, H, W)
+        rows += [gan.face_encoder(f).cpu() for f in faces.split(gan.cfg.batch)]
+    return torch.cat(rows)
 
 
-def peak_memory(device):
-    """The most memory in use so far in GB, of the GPU or of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    if resource is None:
-        return 0.0
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+def evaluate_generator(gan, people, labels, runs, device):
+    """QTA 2 on a split, in percent: mean and /std over runs with fresh z, windows and negatives.
+
+    preferred: F finds that the generated face fits the voice better than the true face [paper §4].
+    v-f/K, f-v/K are matching_run's on generated faces, real/... on the true ones.
+    """
+    rows, faults, encoders = [], FaultCounter(), (gan.speech_encoder, gan.face_encoder)
+    for run in range(runs):
+        seed = gan.cfg.seed + 1000 * (run + 1)
+        pairs = Pairs(people, gan.match.seconds, gan.match.size, gan.cfg.batch, seed, shuffle=False)
+        c, real, identity = embed_pairs(encoders, pairs, device, gan.cfg.workers, faults)
+        fake = embed_fakes(gan, c, seed)  # (N, D), as c and real are
+        check_finite(fake.sum().item(), "validation")
+        logits = torch.stack([(c * fake).sum(1), (c * real).sum(1)], 1)  # (N, 2)
+        genders = [labels.get(pairs.names[i], {}).get("gender") or "" for i in identity]
+        row = {"preferred": 100 * top1(logits).mean().item()}
+        row |= matching_run(c, fake, identity, genders, seed)
+        row |= {f"real/{key}": value
+                for key, value in matching_run(c, real, identity, genders, seed).items()}
+        rows.append(row)
+    return mean_and_std(rows)
 
 
-class RunLog:
-    """log.jsonl, line by line: step, means since the last, clips_per_s, peak_memory_gb, faults."""
+def draw_grid(path, rows, names, heads, least=128):
+    """A picture of faces: rows of (n, 3, H, W), each under its name, each column under its head.
 
-    def __init__(self, out, steps, device):
-        self.file = open(out / "log.jsonl", "w", encoding="utf8")
-        self.progress, self.device = Progress("step", steps), device
-        self.values, self.clips, self.since = {}, 0, time.time()
-
-    def add(self, clips, **values):
-        """Keep a step's numbers as they are: a tensor is not read before its line is written."""
-        self.clips += clips
-        for name, value in values.items():
-            self.values.setdefault(name, []).append(value.detach())
-
-    def write(self, step, faults):
-        """Write and show the line of a step."""
-        line = {"step": step}
-        line |= {name: round(torch.stack(found).mean().item(), 4)
-                 for name, found in self.values.items()}
-        line |= {"clips_per_s": round(self.clips / (time.time() - self.since), 1),
-                 "peak_memory_gb": round(peak_memory(self.device), 3), "faults": faults}
-        if not all(map(math.isfinite, line.values())):
-            raise UserError(f"step {step}: the run diverged ({line}); try a lower --lr")
-        print(json.dumps(line), file=self.file, flush=True)
-        text = "  ".join(f"{name} {value:g}" for name, value in line.items() if name != "step")
-        self.progress.show(step, text, always=True)
-        self.values, self.clips, self.since = {}, 0, time.time()
+    Faces smaller than `least` pixels are enlarged by whole pixels and otherwise left as they are.
+    """
+    font, zoom = ImageFont.load_default(14), max(1, least // rows[0].shape[-1])
+    cell, line = rows[0].shape[-1] * zoom + 4, 24
+    picture = Image.new("RGB", (max(map(len, rows)) * cell, line + len(rows) * (cell + line)),
+                        "white")
+    draw = ImageDraw.Draw(picture)
+    for i, head in enumerate(heads):
+        draw.text((i * cell + cell // 2, line // 2), head, "black", font, anchor="mm")
+    for j, (faces, name) in enumerate(zip(rows, names)):
+        top = line + j * (cell + line)
+        draw.text((4, top + line // 2), name, (90, 90, 90), font, anchor="lm")
+        pixels = ((faces.cpu() + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
+        for i, face in enumerate(pixels.numpy()):  # (n, H, W, 3)
+            side = cell - 4
+            face = Image.fromarray(face).resize((side, side), Image.Resampling.NEAREST)
+            picture.paste(face, (i * cell + 2, top + line))
+    picture.save(path)
 
 
-def pick_device(name):
-    """The torch device of --device; raises UserError where there is no such."""
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-    try:
-        torch.zeros(1, device=name).item()
-        return torch.device(name)
-    except (RuntimeError, AssertionError) as e:
-        reason = str(e).splitlines()[0]
-        raise UserError(f"--device {name}: not available here, use cpu or auto ({reason})") from e
+def draw_samples(gan, people, path, device, rows=8, columns=7):
+    """The same voices and the same z whenever it is called; the first column is the true face."""
+    pairs = Pairs(people, gan.match.seconds, gan.match.size, rows, gan.cfg.seed, shuffle=True)
+    batch, z = pairs[0], torch.randn(columns, EMBED, generator=torch.Generator().manual_seed(0))
+    if batch.speech is None:
+        return
+    speech, faces = to_device(batch, device)
+    with torch.no_grad():
+        c = gan.speech_encoder(speech).cpu()  # (rows, T) -> (rows, D)
+    drawn = [draw_fakes(gan, one.expand(columns, -1), z) for one in c]  # rows of (columns, 3, H, W)
+    drawn = [torch.cat([face[None], row]) for face, row in zip(faces, drawn)]
+    names = [f"the voice of {pairs.names[i]}" for i in batch.identity]
+    draw_grid(path, drawn, names, ["true face", *(f"z {i + 1}" for i in range(columns))])
 
 
-def make_folder(out):
-    """The folder `out`, created; raises UserError where that fails."""
-    try:
-        Path(out).mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"folder {out}: cannot be created ({e.strerror})") from e
-    return Path(out)
+def print_generation(metrics):
+    """The metrics of evaluate_generator as a table."""
+    def cell(key):
+        return f"{metrics[key]:.1f} +- {metrics[key + '/std']:.1f}" if key in metrics else "-"
+
+    print(f"\n{'in %':16}{'generated face':>18}{'true face':>18}{'chance':>9}")
+    for direction, k in itertools.product(("v-f", "f-v"), TEST_KS):
+        for suffix, note in (("", ""), ("/gender", " same gender")):
+            key = f"{direction}/{k}{suffix}"
+            print(f"{direction.upper()} {k:>2}-way{note:12}{cell(key):>16}{cell('real/' + key):>18}"
+                  f"{100 / k:9.1f}")
+    print(f"generated face preferred to the true one: {cell('preferred')} %")
 
 
-def write_json(path, content):
-    """Write a dict as indented JSON."""
-    Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf8")
-
-
-def make_encoders(cfg, device):
-    """Fresh (S, F) as the settings say."""
-    speech_encoder = SpeechEncoder(cfg.speech_width, cfg.sinc_stride, cfg.length).to(device)
-    face_encoder = FaceEncoder(cfg.size, cfg.face_width, cfg.length).to(device)
-    return speech_encoder, face_encoder.to(memory_format=torch.channels_last)  # 1.5 times faster
-
-
-def save_match(path, cfg, encoders, step, val):
-    """Write a checkpoint beside `path` and rename it, so that `path` is whole at any time."""
-    speech, face = (encoder.state_dict() for encoder in encoders)
-    torch.save(dict(settings=asdict(cfg), step=step, val=val, speech=speech, face=face),
-               f"{path}.part")
-    os.replace(f"{path}.part", path)
-
-
-def load_match(path, device):
-    """(MatchSettings, (S, F)) of a checkpoint; raises UserError where it is none."""
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such checkpoint; "
-                        "match-train writes OUT/best.pt and OUT/last.pt")
-    try:
-        state = torch.load(path, map_location=device, weights_only=True)
-        cfg = MatchSettings(**state["settings"])
-        encoders = make_encoders(cfg, device)
-        for encoder, name in zip(encoders, ("speech", "face")):
-            encoder.load_state_dict(state[name])
-    except Exception as e:  # on a damaged file torch.load raises nearly anything
-        raise UserError(f"{path}: not a checkpoint of match-train ({type(e).__name__})") from e
-    return cfg, encoders
-
-
-def learning_rate(step, steps):
-    """Share of the peak rate: up in a line over the first tenth, then down half a cosine [ours]."""
-    warm = max(1, steps // 10)
-    if step < warm:
-        return (step + 1) / warm
-    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
-
-
-def make_optimizer(encoders, cfg):
-    """SGD [paper §4]; the sinc cut-offs, being in Hz, have their own rate and no weight decay."""
-    cut_offs = list(encoders[0].convs[0].parameters())
-    others = [p for encoder in encoders for p in encoder.parameters()
-              if all(p is not c for c in cut_offs)]
-    groups = [dict(params=others), dict(params=cut_offs, lr=cfg.lr * cfg.sinc_lr, weight_decay=0.0)]
-    optimizer = torch.optim.SGD(groups, cfg.lr, cfg.momentum, weight_decay=cfg.weight_decay)
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: learning_rate(i, cfg.steps))
-
-
-def validate(encoders, people, cfg, faults, device, draws=20):
-    """Accuracy (%) of the trained task: always the same windows, a mean over draws of negatives."""
-    pairs = Pairs(people, cfg.seconds, cfg.size, cfg.batch, cfg.seed, shuffle=False)
-    embedded = embed_pairs(encoders, pairs, device, cfg.workers, faults)
-    generator = torch.Generator().manual_seed(cfg.seed)
-    val = np.mean([k_way(*embedded, cfg.k, cfg.direction, generator) for _ in range(draws)]).item()
-    if not math.isfinite(val):
-        raise UserError("the run diverged: embeddings are NaN; try a lower --lr")
-    return val
-
-
-def match_train(cfg):
-    """Train S and F label-free on Eq. 1, keep the pair that validates best, test that one."""
-    device = pick_device(cfg.device)
-    if cfg.data == SYNTHETIC and not Path(cfg.data).exists():
-        make_data(cfg.data, MakeSettings.identities, MakeSettings.seed)
-    corpus, labels, out = open_corpus(cfg.data, cfg.k), read_labels(cfg.data), make_folder(cfg.out)
-    write_json(out / "settings.json", asdict(cfg))
-    torch.manual_seed(cfg.seed)
-    generator = torch.Generator().manual_seed(cfg.seed)
-    encoders = speech_encoder, face_encoder = make_encoders(cfg, device)
-    optimizer, schedule = make_optimizer(encoders, cfg)
-    pairs = Pairs(corpus["train"], cfg.seconds, cfg.size, cfg.batch, cfg.seed, shuffle=True)
-    log, faults, best = RunLog(out, cfg.steps, device), FaultCounter(), -1.0
-
-    for step, batch in enumerate(load_batches(pairs, range(cfg.steps), cfg.workers), start=1):
-        faults.add(batch)
-        speech, faces = to_device(batch, device)  # (B, T), (B, 3, H, W)
-        if step == 1:
-            centre_head(speech_encoder, speech)
-            centre_head(face_encoder, faces)
-        candidates = draw_candidates(batch.identity, cfg.k, generator).to(device)  # (B, K)
-        loss, hits = match_loss(speech_encoder(speech), face_encoder(faces),
-                                candidates, cfg.direction)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_([*speech_encoder.parameters(), *face_encoder.parameters()],
-                                 cfg.max_norm)
-        optimizer.step()
-        schedule.step()
-
-        log.add(cfg.batch, loss=loss, accuracy=100 * hits)
-        validating = step % cfg.eval_every == 0 or step == cfg.steps
-        if validating or step % cfg.log_every == 0:
-            log.write(step, faults.faults)
-        if validating:
-            val = validate(encoders, corpus["val"], cfg, faults, device)
-            log.progress.say(f"validation after step {step}: "
-                             f"{cfg.direction} {cfg.k}-way {val:.1f} %")
-            save_match(out / "last.pt", cfg, encoders, step, val)
-            if val > best:
-                best = val
-                save_match(out / "best.pt", cfg, encoders, step, val)
-            log.since = time.time()  # clips_per_s is of training alone
-
-    _, encoders = load_match(out / "best.pt", device)
-    report_matching(encoders, corpus["test"], labels, cfg, cfg.runs, out, device)
-
-
-def report_matching(encoders, people, labels, cfg, runs, out, device):
-    """Print the tests' table and write metrics.json and examples.png."""
-    metrics = evaluate_matching(encoders, people, labels, cfg, runs, device)
-    print_metrics(metrics)
-    write_json(out / "metrics.json", metrics)
-    draw_examples(encoders, people, cfg, out / "examples.png", device)
-
-
-def match_test(args):
-    """Test a trained pair on one split: both directions, K = 2 and 10 [paper Tables 1 and 2]."""
+def generate(args, recordings):
+    """Draw n faces for each recording: a row per recording, the same z down each column."""
     device = pick_device(args.device)
-    cfg, encoders = load_match(args.match, device)
-    cfg = replace(cfg, batch=args.batch, seed=args.seed, workers=args.workers)
-    people = open_corpus(args.data, min(TEST_KS), (args.split,))[args.split]
-    labels, out = read_labels(args.data), make_folder(args.out)
-    report_matching(encoders, people, labels, cfg, args.runs, out, device)
+    gan = load_gan(args.gan, device)
+    c = torch.stack([encode_recording(gan, path, args.seed, device) for path in recordings])
+    z = torch.randn(args.n, EMBED, generator=torch.Generator().manual_seed(args.seed))  # (n, D)
+    rows = [draw_fakes(gan, one.expand(args.n, -1), z) for one in c]  # (n, 3, H, W) each
+    make_folder(Path(args.out).parent)
+    draw_grid(args.out, rows, recordings, [f"z {i + 1}" for i in range(args.n)])
+    print(f"{args.out}: {args.n} faces for each of {len(rows)} recordings")
+
+
+@torch.no_grad()
+def encode_recording(gan, path, seed, device):
+    """c = S(s), (D,), of any recording; raises UserError where there is nothing to hear."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such recording")
+    try:
+        speech = load_speech(path, gan.match.seconds, np.random.default_rng(seed))  # (T,)
+    except ValueError as e:
+        raise UserError(str(e)) from e
+    if np.ptp(speech) < SILENCE:
+        raise UserError(f"{path}: silent, there is no voice to draw a face for")
+    return gan.speech_encoder(torch.from_numpy(speech)[None].to(device))[0].cpu()
 
 
 # ==================================================================================================
-# 7. Command line
+# 8. Command line
 # ==================================================================================================
 
 COMMANDS = {"match-train": (MatchSettings, "train the speech and the face encoder"),
             "match-test": (TestSettings, "test a trained pair in both directions"),
+            "gan-train": (GanSettings, "train a generator on a trained pair of encoders"),
+            "generate": (GenerateSettings, "draw faces for recordings"),
             "make-data": (MakeSettings, "write the synthetic corpus to DIR"),
             "check-data": (CheckSettings,
                            "read every file of the corpus DIR and list what is wrong")}
@@ -1393,11 +1880,14 @@ def make_parser():
         command = commands.add_parser(name, help=text, description=text)
         if name.endswith("-data"):
             command.add_argument("data", metavar="DIR", help="corpus folder")
+        if name == "generate":
+            command.add_argument("speech", metavar="SPEECH", nargs="+", help="recording")
         for f in fields(settings):
-            paper = (f", paper: {PAPER[f.name]}"
-                     if settings is MatchSettings and f.name in PAPER else "")
+            paper = PAPER.get(name, {}).get(f.name)
+            paper = f", paper: {paper}" if paper else ""
             text = f"{f.metadata['help']} (default: {f.default}{paper})".replace("%", "%%")
-            command.add_argument(f"--{f.name.replace('_', '-')}", type=type(f.default),
+            dashes = "-" if len(f.name) == 1 and settings is GenerateSettings else "--"
+            command.add_argument(dashes + f.name.replace("_", "-"), type=type(f.default),
                                  default=argparse.SUPPRESS, choices=f.metadata["choices"],
                                  help=text)
     return parser
@@ -1429,8 +1919,9 @@ def main(argv=None):
     args = vars(make_parser().parse_args(argv))
     command = args.pop("command")
     data = {"data": args.pop("data")} if command.endswith("-data") else {}
+    speech = args.pop("speech", [])
     if args.get("preset") == "paper":
-        args = PAPER | args
+        args = PAPER[command] | args
     cfg = COMMANDS[command][0](**args)
     try:
         check_settings(cfg)
@@ -1438,6 +1929,10 @@ def main(argv=None):
             match_train(cfg)
         elif command == "match-test":
             match_test(cfg)
+        elif command == "gan-train":
+            gan_train(cfg)
+        elif command == "generate":
+            generate(cfg, speech)
         elif command == "make-data":
             make_data(**data, **asdict(cfg))
         else:
