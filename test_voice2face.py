@@ -692,7 +692,8 @@ def test_every_setting_matters(name, trained, corpus, tmp_path, monkeypatch, cap
         seen = []
         monkeypatch.setattr(v, "match_train", seen.append)
         v.main(["match-train", "--preset", "paper", "--lr", "0.5"])
-        assert asdict(seen[0]) == asdict(v.MatchSettings(**v.PAPER["match-train"], preset="paper", lr=0.5))
+        assert asdict(seen[0]) == asdict(v.MatchSettings(**v.PAPER["match-train"], preset="paper",
+                                                         lr=0.5))
         return
     if name == "out":
         v.match_train(replace(base, out=str(tmp_path / "x y")))
@@ -1031,7 +1032,8 @@ def test_each_step_trains_its_own_side_and_logs_what_it_says(loss):
                       for phi in (real_phi, fake_phi))
     optimizer = torch.optim.SGD(discriminator.parameters(), 0.0)
     got = v.d_step(discriminator, optimizer, faces, fakes, c, wrong, cfg, True)
-    assert got["loss_d"].item() == pytest.approx(torch.log1p(torch.exp(-gap - d_term)).mean().item())
+    expected = torch.log1p(torch.exp(-gap - d_term)).mean().item()
+    assert got["loss_d"].item() == pytest.approx(expected, rel=1e-4)
     assert got["match_real"].item() == pytest.approx(inner(c, real_phi).mean().item(), rel=1e-4)
     assert got["match_fake"].item() == pytest.approx(inner(c, fake_phi).mean().item(), rel=1e-4)
     assert got["mismatch_real"].item() == pytest.approx(inner(wrong, real_phi).mean().item(),
@@ -1121,7 +1123,7 @@ def test_a_true_columns_first_and_the_same_voices_and_z_throughout(corpus, train
             "--out", str(tmp_path), *TINY_GAN, "--lr", "0"])
     first, last = (Image.open(p) for p in sorted((tmp_path / "samples").iterdir()))
     assert np.array_equal(first, last)  # only G could have changed it
-    pairs = v.Pairs(v.open_corpus(corpus, 2)["val"], 0.25, 32, 8, 0, shuffle=True)
+    pairs = v.Pairs(v.open_corpus(corpus, 2)["val"], 0.25, 32, 8, 0, shuffle=False)
     truth = pairs[0].faces.numpy().repeat(4, 1).repeat(4, 2)
     for i in range(8):
         top = 24 + i * 156 + 24
@@ -1130,7 +1132,9 @@ def test_a_true_columns_first_and_the_same_voices_and_z_throughout(corpus, train
 
 
 def test_preference_and_accuracies_on_planted_generators(corpus, drawn, monkeypatch):
-    gan, people = v.load_gan(drawn / "last.pt", torch.device("cpu")), v.open_corpus(corpus, 2)["test"]
+    gan = v.load_gan(drawn / "last.pt", torch.device("cpu"))
+    people = v.open_corpus(corpus, 2)["test"]
+
     def measured(fakes):
         monkeypatch.setattr(v, "embed_fakes", fakes)
         return v.evaluate_generator(gan, people, {}, 4, torch.device("cpu"))

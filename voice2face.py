@@ -2,39 +2,49 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch==2.11.0", "torchaudio==2.11.0", "numpy", "pillow>=10.1"]
 # ///
-"""voice2face: learn which face belongs to which voice, without a label.
+"""voice2face: learn which face belongs to which voice, and draw faces for a voice, without a label.
 
 A reference implementation of "From Inference to Generation: End-to-end Fully Self-supervised
-Generation of Human Face from Speech" (Choi, Park, Lee; ICLR 2020) in one file. So far the inference
-stage: section 3.1, its protocol in section 4 and Tables 1 and 2.
+Generation of Human Face from Speech" (Choi, Park, Lee; ICLR 2020) in one file: both stages (section
+3), the matching tests of section 4 (Tables 1 and 2) and its test of generated faces (QTA 2).
 
 The idea   A speech encoder S reads the raw waveform, a face encoder F reads a picture, and both
            answer with a point of one space. Speech and face of one clip must agree better than
            speech and face of different clips: this is the only supervision, and it costs no label.
            A corpus with several clips per person, as VoxCeleb, also says which clips are no
            negatives of each other; the paper calls that case not strictly self-supervised.
+           Then a generator G draws a face from c = S(s), what the voice tells, and z, noise that
+           stands for all it does not tell. Its opponent D starts from F, so it knows from the first
+           step which face fits which voice, and has yet to learn which are drawn.
 
 Map        1. Settings          the numbers a user may change, their meaning and their source
            2. Data              a folder of clips -> batches of (speech, face); checks of the folder
            3. Synthetic corpus  people with known factors, so that all of it runs without any data
            4. Inference         SincConv, SpeechEncoder S, FaceEncoder F, the K-way loss (Eq. 1)
-           5. Matching          the K-way tests of section 4 and their ceiling (Tables 1, 2)
-           6. Training          match-train and match-test
-           7. Command line
+           5. Generation        AdaIN, Generator G, Discriminator D (Eq. 2, 3), losses (Eq. 4 to 6)
+           6. Training          match-train, gan-train, checkpoints
+           7. Analyses          K-way tests and their ceiling (Tables 1, 2), QTA 2, pictures
+           8. Command line
 
 Glossary   paper  here        shape          meaning
            s      speech      (B, T)         waveforms, 16 kHz, in [-1, 1]
-           f      faces       (B, 3, H, W)   pictures, RGB, in [-1, 1]
-           se     S(speech)   (B, D)         speech embeddings; the condition c of the second stage
+           f      faces       (B, 3, H, W)   pictures, RGB, in [-1, 1]; fakes are drawn ones
+           se     S(speech)   (B, D)         speech embeddings
            fe     F(faces)    (B, D)         face embeddings
            K      k                          a matching task's candidates: 1 positive, K-1 negatives
            V-F    "v-f"                      given a voice, pick its face; F-V is the reverse
+           c, c+  c           (B, D)         the condition: se of the voice that goes with the face
+           c-     wrong       (B, D)         that of somebody else's voice
+           z      z           (B, D)         Gaussian noise
+           phi    phi(faces)  (B, D)         face embeddings by the copy of F inside D
+           psi    psi         (B,)           what D thinks of a face whatever the voice
            One letter per dimension: B clips, K candidates, T samples, L frames, C channels, N taps
-           of a filter, H W pixels, D = 128 embedding; in section 5 N clips, P people.
+           of a filter, H W pixels, D = 128 embedding; in section 7 N clips, P people.
            In code F is torch.nn.functional.
 
 Sources    [paper §x]; [PASE] Pascual et al. 2019; [SincNet] Ravanelli and Bengio 2018; [SNGAN]
-           Miyato and Koyama 2018; [ours] where the paper is silent. Where this differs, and why:
+           Miyato and Koyama 2018; [StyleGAN], [StyleGAN2] Karras et al. 2019, 2020; [R1] Mescheder
+           et al. 2018; [ours] where the paper is silent. Where this differs, and why:
            - all embeddings have one length, so Eq. 1's inner product is a cosine times a constant;
              with free lengths the loss stays on a plateau at first (`to_length`, `centre_head`);
            - a clip's K-1 negatives come from its own batch: whatever K is, a step encodes each clip
@@ -42,11 +52,16 @@ Sources    [paper §x]; [PASE] Pascual et al. 2019; [SincNet] Ravanelli and Beng
            - the waveform's loudness is divided out, being the microphone's (`SpeechEncoder`);
            - the face encoder has no spectral norm, and a learned 1x1 layer in every shortcut;
            - a test run draws fresh windows and frames beside fresh negatives;
+           - <c, phi> counts a twentieth beside psi, psi reads what phi's head reads, and G reads a
+             short c: else z is ignored (`Discriminator`, `Generator`);
+           - Eq. 5 and 6 are lost from the text that we have; our reading is in `relid_loss`;
            - the preset `small` hears 1.5 s and sees 64x64 pixels through narrower layers, its sinc
              layer with stride 8, to fit a CPU. It learns with SGD, as the paper does.
 
 Commands   python voice2face.py match-train        train S and F on a synthetic corpus unless --data
            python voice2face.py match-test         test a trained pair in both directions
+           python voice2face.py gan-train          train G and D on a trained pair
+           python voice2face.py generate A.wav     draw faces for a recording
            python voice2face.py make-data DIR      write the synthetic corpus
            python voice2face.py check-data DIR     read every file of a corpus, list what is wrong
 """
@@ -1143,9 +1158,9 @@ class Discriminator(nn.Module):
     """g(f, c) = weight <c, phi(f)> + psi(phi(f)): faces (B, 3, H, W), c (B, D) -> logits (B,).
 
     Eq. 2 with Eq. 3's c = S(s); phi starts as the trained F and goes on training [paper §3.2]. The
-    sigmoid A of D = A(g) is in the losses. The weight is 1 in the paper; there the inner products of
-    confident encoders swamp psi, which alone tells real from drawn [ours]. psi is linear and reads
-    what phi's head reads: the embeddings, being of one length, hide too much from it [ours].
+    sigmoid A of D = A(g) is in the losses. The weight is 1 in the paper; there the inner products
+    of confident encoders swamp psi, which alone tells real from drawn [ours]. psi is linear and
+    reads what phi's head reads: the embeddings, all of one length, hide too much from it [ours].
     """
 
     def __init__(self, face_encoder, weight=1.0):
@@ -1785,10 +1800,11 @@ def draw_grid(path, rows, names, heads, least=128):
 
     Faces smaller than `least` pixels are enlarged by whole pixels and otherwise left as they are.
     """
-    font, zoom = ImageFont.load_default(14), max(1, least // rows[0].shape[-1])
-    cell, line = rows[0].shape[-1] * zoom + 4, 24
-    picture = Image.new("RGB", (max(map(len, rows)) * cell, line + len(rows) * (cell + line)),
-                        "white")
+    font, side = ImageFont.load_default(14), rows[0].shape[-1]
+    side *= max(1, least // side)
+    cell, line = side + 4, 24
+    width = max([max(map(len, rows)) * cell, *(int(font.getlength(name)) + 8 for name in names)])
+    picture = Image.new("RGB", (width, line + len(rows) * (cell + line)), "white")
     draw = ImageDraw.Draw(picture)
     for i, head in enumerate(heads):
         draw.text((i * cell + cell // 2, line // 2), head, "black", font, anchor="mm")
@@ -1797,7 +1813,6 @@ def draw_grid(path, rows, names, heads, least=128):
         draw.text((4, top + line // 2), name, (90, 90, 90), font, anchor="lm")
         pixels = ((faces.cpu() + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
         for i, face in enumerate(pixels.numpy()):  # (n, H, W, 3)
-            side = cell - 4
             face = Image.fromarray(face).resize((side, side), Image.Resampling.NEAREST)
             picture.paste(face, (i * cell + 2, top + line))
     picture.save(path)
@@ -1805,7 +1820,9 @@ def draw_grid(path, rows, names, heads, least=128):
 
 def draw_samples(gan, people, path, device, rows=8, columns=7):
     """The same voices and the same z whenever it is called; the first column is the true face."""
-    pairs = Pairs(people, gan.match.seconds, gan.match.size, rows, gan.cfg.seed, shuffle=True)
+    some = dict(list(people.items())[::max(1, len(people) // rows)][:rows])
+    pairs = Pairs(some, gan.match.seconds, gan.match.size, rows, gan.cfg.seed, shuffle=False)
+    pairs.every = [(i, None) for i in range(len(some))]  # a clip of each
     batch, z = pairs[0], torch.randn(columns, EMBED, generator=torch.Generator().manual_seed(0))
     if batch.speech is None:
         return
