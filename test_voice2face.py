@@ -916,6 +916,8 @@ def test_adain_gives_the_styles_mean_and_deviation():
                                atol=1e-3)
     flat = layer(torch.full((1, 5, 4, 4), 1e3), style[:1])  # no deviation to divide by
     assert torch.isfinite(flat).all()
+    far = layer(torch.from_numpy(x) + 7000, style).detach().numpy()  # mean 1000 deviations away
+    np.testing.assert_allclose(far.std((2, 3)), np.abs(scale), rtol=0.01)
 
 
 @pytest.mark.parametrize("size", [8, 16, 32, 64, 128])
@@ -953,17 +955,17 @@ def test_sizes_and_parameters_of_the_paper_preset():
     assert sum(p.numel() for p in generator.parameters()) == count == 36_803_843
     discriminator = v.Discriminator(face_encoder)
     assert (sum(p.numel() for p in discriminator.parameters())
-            == sum(p.numel() for p in face_encoder.parameters()) + 1024 + 1)
+            == sum(p.numel() for p in face_encoder.parameters()) + 1024)
 
 
-def test_logit_is_equation_2_written_out():
+def test_logit_is_equation_2_written_out_but_for_what_psi_reads():
     torch.manual_seed(0)
     face_encoder = v.FaceEncoder(16, 2, length=3.5)
     discriminator = v.Discriminator(face_encoder, weight=0.2)
     faces, c = torch.randn(4, 3, 16, 16), torch.randn(4, 128)
     h = face_encoder.features(faces).detach().numpy()
     phi = face_encoder(faces).detach().numpy()
-    psi = h @ discriminator.psi.weight.detach().numpy()[0] + discriminator.psi.bias.item()
+    psi = h @ discriminator.psi.weight.detach().numpy()[0]
     expected = [0.2 * sum(c[i].numpy() * phi[i]) + psi[i] for i in range(4)]
     np.testing.assert_allclose(discriminator(faces, c).detach().numpy(), expected, rtol=1e-4)
     for mine, theirs in zip(discriminator.phi.parameters(), face_encoder.parameters()):
@@ -1004,7 +1006,7 @@ def test_r1_of_functions_with_known_gradients():
 def step_parts(seed=0, **changes):
     """A tiny G and D with optimisers and a batch, as d_step and g_step want them."""
     torch.manual_seed(seed)
-    cfg = replace(v.GanSettings(), gamma=3.0, r1_every=4, **changes)
+    cfg = replace(v.GanSettings(), gamma=3.0, r1_every=4, weight=0.3, **changes)
     generator, face_encoder = v.Generator(16, 2), v.FaceEncoder(16, 2, 3.5)
     discriminator = v.Discriminator(face_encoder, 0.3)
     batch = (torch.randn(6, 3, 16, 16), *(torch.randn(6, 128) for _ in range(3)))
@@ -1026,11 +1028,11 @@ def test_each_step_trains_its_own_side_and_logs_what_it_says(loss):
     g_before, d_before = copy_of(generator), copy_of(discriminator)
     real_phi, real_psi = (t.detach() for t in discriminator.read(faces))
     fake_phi, fake_psi = (t.detach() for t in discriminator.read(fakes))
-    inner = lambda a, b: 0.3 * (a * b).sum(1)
-    gap = inner(c, real_phi) + real_psi - inner(c, fake_phi) - fake_psi
-    d_term, g_term = ((inner(c, phi) - inner(wrong, phi)) * (loss == "relid")
+    inner = lambda a, b: (a * b).sum(1)
+    gap = 0.3 * inner(c, real_phi) + real_psi - 0.3 * inner(c, fake_phi) - fake_psi
+    d_term, g_term = (0.3 * (inner(c, phi) - inner(wrong, phi)) * (loss == "relid")
                       for phi in (real_phi, fake_phi))
-    optimizer = torch.optim.SGD(discriminator.parameters(), 0.0)
+    optimizer = torch.optim.SGD([*discriminator.parameters()], 0.0)
     got = v.d_step(discriminator, optimizer, faces, fakes, c, wrong, cfg, True)
     expected = torch.log1p(torch.exp(-gap - d_term)).mean().item()
     assert got["loss_d"].item() == pytest.approx(expected, rel=1e-4)
@@ -1039,22 +1041,23 @@ def test_each_step_trains_its_own_side_and_logs_what_it_says(loss):
     assert got["mismatch_real"].item() == pytest.approx(inner(wrong, real_phi).mean().item(),
                                                         rel=1e-4)
     assert got["r1"].item() == pytest.approx(v.r1_penalty(discriminator, faces, c).item())
-    total = got["loss_d"] + 3.0 / 2 * 4 * v.r1_penalty(discriminator, faces, c)  # gamma/2, 4 steps
     written = [p.grad for p in discriminator.parameters()]
     plain = v.d_step(discriminator, optimizer, faces, fakes, c, wrong, cfg, False)
     assert "r1" not in plain and all(same(discriminator, d_before))  # a rate of 0
+    assert all(p.grad is None for p in generator.parameters())
     without = [p.grad.clone() for p in discriminator.parameters()]
     penalty = torch.autograd.grad(v.r1_penalty(discriminator, faces, c),
                                   list(discriminator.parameters()), allow_unused=True)
     for a, b, g in zip(written, without, penalty):
         if g is not None:
-            assert torch.allclose(a - b, 6.0 * g, atol=1e-4, rtol=1e-3)
+            assert torch.allclose(a - b, 3.0 / 2 * 4 * g, atol=1e-4, rtol=1e-3)  # gamma/2, 4 steps
 
     got = v.g_step(discriminator, torch.optim.SGD(generator.parameters(), 0.1),
                    faces, fakes, c, wrong, cfg)
     assert got["loss_g"].item() == pytest.approx(
         torch.log1p(torch.exp(gap - g_term)).mean().item(), rel=1e-4)
     assert all(same(discriminator, d_before)) and not any(same(generator.blocks, g_before[2:]))
+    assert all(torch.equal(p.grad, g) for p, g in zip(discriminator.parameters(), without))
     assert all(p.requires_grad for p in discriminator.parameters())
     g_before = copy_of(generator)
     v.d_step(discriminator, torch.optim.SGD(discriminator.parameters(), 0.1),
@@ -1097,8 +1100,9 @@ def test_speech_and_face_encoder_stay_as_match_train_left_them(drawn, trained):
         assert all(torch.equal(after[mine][key], t) for key, t in before[theirs].items())
 
 
-def test_negatives_are_conditions_of_other_people(corpus, trained, tmp_path, monkeypatch):
+def test_negatives_are_conditions_of_other_people(trained, tmp_path, monkeypatch):
     seen, chosen, real = [], [], v.draw_candidates
+    data = plain_corpus(tmp_path / "data", 3)  # a batch of 6 holds everybody twice
 
     def choose(identity, k, generator):
         chosen.append((identity, real(identity, k, generator)))
@@ -1108,14 +1112,21 @@ def test_negatives_are_conditions_of_other_people(corpus, trained, tmp_path, mon
         seen.append((c, wrong))
         return dict(loss_d=torch.zeros(()))
 
+    def other_step(discriminator, optimizer, faces, fakes, c, wrong, cfg):
+        assert wrong is seen[-1][1] and c is seen[-1][0]
+        return dict(loss_g=torch.zeros(()))
+
     monkeypatch.setattr(v, "draw_candidates", choose), monkeypatch.setattr(v, "d_step", step)
-    v.main(["gan-train", "--data", str(corpus), "--match", str(trained / "best.pt"),
+    monkeypatch.setattr(v, "g_step", other_step)
+    v.main(["gan-train", "--data", str(data), "--match", str(trained / "best.pt"),
             "--out", str(tmp_path), *TINY_GAN, "--eval-every", "9"])
+    assert len(seen) == 4
     for (c, wrong), (identity, candidates) in zip(seen, chosen, strict=True):
         assert c.shape == wrong.shape == (6, 128)
         for i in range(6):
             j = candidates[i, 1]
             assert identity[i] != identity[j] and torch.equal(wrong[i], c[j])
+        assert sorted(identity.tolist()) == [0, 0, 1, 1, 2, 2]
 
 
 def test_a_true_columns_first_and_the_same_voices_and_z_throughout(corpus, trained, tmp_path):
@@ -1137,7 +1148,7 @@ def test_preference_and_accuracies_on_planted_generators(corpus, drawn, monkeypa
 
     def measured(fakes):
         monkeypatch.setattr(v, "embed_fakes", fakes)
-        return v.evaluate_generator(gan, people, {}, 4, torch.device("cpu"))
+        return v.evaluate_generator(gan, people, {}, 4, torch.device("cpu"), v.FaultCounter())
     perfect = measured(lambda gan, c, seed: c)
     assert perfect["preferred"] == perfect["f-v/2"] == perfect["v-f/10"] == 100
     worst = measured(lambda gan, c, seed: -c)
@@ -1161,7 +1172,7 @@ def test_generate_draws_for_any_recording(drawn, tmp_path):
     paths = [tmp_path / name for name in ("low.wav", "high stereo.wav", "短い.wav", "long.wav")]
     write_wav(paths[0], noise(8000 * 2), rate=8000)
     write_wav(paths[1], noise(2 * 44100).reshape(-1, 2), rate=44100, channels=2)
-    write_wav(paths[2], noise(int(0.3 * 16000), 1))
+    write_wav(paths[2], noise(int(0.1 * 16000), 1))  # less than this generator's window of 0.25 s
     write_wav(paths[3], noise(60 * 16000, 2))
 
     def picture(*more, speech=paths):
@@ -1171,12 +1182,14 @@ def test_generate_draws_for_any_recording(drawn, tmp_path):
         return np.asarray(Image.open(tmp_path / "new" / "faces.png"))
 
     first = picture("-n", "3")
-    assert first.shape == (24 + 4 * (132 + 24), 3 * 132, 3)  # 32 pixels a side, enlarged four times
+    assert len(first) == 24 + 4 * (132 + 24)  # 32 pixels a side, enlarged four times
+    assert first.shape[1] > 3 * 132  # wide enough for the names
     assert np.array_equal(picture("-n", "3"), first)
     assert not np.array_equal(picture("-n", "3", "--seed", "1"), first)
     assert picture().shape[1] == 8 * 132
+    first = first[:, :3 * 132]
     alone = picture("-n", "3", speech=paths[2:3])  # no matter what else is on the list
-    assert np.array_equal(alone[48:176], first[48 + 2 * 156:176 + 2 * 156])
+    assert np.array_equal(alone[48:176, :3 * 132], first[48 + 2 * 156:176 + 2 * 156])
 
 
 def test_generate_refuses_what_holds_no_voice(drawn, trained, tmp_path, capsys):
@@ -1191,9 +1204,22 @@ def test_generate_refuses_what_holds_no_voice(drawn, trained, tmp_path, capsys):
         line = refused(capsys, "generate", tmp_path / f"{name}.wav", *gan)
         assert said in line and f"{name}.wav" in line
     assert not (tmp_path / "x.png").exists()
+    for name in ("--beta1", "--beta2", "--decay"):
+        assert f"{name} 1.0: must be below 1" in refused(capsys, "gan-train", name, "1")
     write_wav(tmp_path / "good.wav", noise(16000))
-    assert "-n 0: must be at least 1" in refused(capsys, "generate", tmp_path / "good.wav", *gan,
+    assert " -n 0: must be at least 1" in refused(capsys, "generate", tmp_path / "good.wav", *gan,
                                                  "-n", "0")
+    for out in ("x", "x.txt", "x.psd"):
+        assert f"--out {out}: must be a .png file" in refused(
+            capsys, "generate", tmp_path / "good.wav", *gan[:2], "--out", out)
+    (tmp_path / "folder.png").mkdir()
+    assert "folder.png" in refused(capsys, "generate", tmp_path / "good.wav", *gan[:2],
+                                   "--out", tmp_path / "folder.png")
+    pause = np.concatenate([noise(16000), np.zeros(3 * 16000)])
+    write_wav(tmp_path / "pause.wav", pause)
+    for seed in range(4):  # windows within the pause are passed over
+        assert v.main(["generate", str(tmp_path / "pause.wav"), *map(str, gan), "-n", "1",
+                       "--seed", str(seed)]) == 0
     assert "no such checkpoint" in refused(capsys, "generate", tmp_path / "good.wav")
     assert "not a checkpoint of gan-train" in refused(
         capsys, "generate", tmp_path / "good.wav", "--gan", trained / "best.pt")
@@ -1211,21 +1237,32 @@ def test_a_nan_stops_the_run_names_step_and_loss_and_keeps_the_checkpoint(
         corpus, trained, tmp_path, monkeypatch, capsys):
     calls, real = [], v.g_step
 
-    def step(*args):
+    def step(discriminator, *args):
         calls.append(1)
-        return dict(loss_g=torch.tensor(math.nan)) if len(calls) == 3 else real(*args)
+        if len(calls) == poisoned:  # the loss of this step is the first to see it
+            discriminator.psi.weight.data[0, 0] = math.nan
+        return real(discriminator, *args)
 
     monkeypatch.setattr(v, "g_step", step)
-    line = refused(capsys, "gan-train", "--data", corpus, "--match", trained / "best.pt",
-                   "--out", tmp_path, *TINY_GAN, "--log-every", "4")
-    assert "step 3: loss_g is nan" in line and len(calls) == 4  # found when its line is written
+    argv = ["gan-train", "--data", corpus, "--match", trained / "best.pt", "--out", tmp_path,
+            *TINY_GAN, "--steps", "6", "--eval-every", "2", "--log-every", "9"]
+    poisoned = 3
+    line = refused(capsys, *argv)  # the step after it has NaN everywhere
+    assert "step 3: loss_g is nan" in line and len(calls) == 4
+    saved = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert saved["step"] == 2 and all(t.isfinite().all() for t in saved["generator"].values())
+    monkeypatch.setattr(v, "g_step", real)
+    real_follow = v.follow
+
+    def follow(average, generator, step, decay):  # the last update breaks G, no loss has seen it
+        if step == 4:
+            generator.last.bias.data[0] = math.nan
+        real_follow(average, generator, step, decay)
+
+    monkeypatch.setattr(v, "follow", follow)
+    assert "drawn faces are NaN" in refused(capsys, *argv)
     assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 2
-    monkeypatch.undo()
-    line = refused(capsys, "gan-train", "--data", corpus, "--match", trained / "best.pt",
-                   "--out", tmp_path / "b", *TINY_GAN, "--d-lr", "1e18")
-    assert "is nan" in line or "is inf" in line
-    assert not (tmp_path / "b" / "last.pt").exists() or v.load_gan(
-        tmp_path / "b" / "last.pt", torch.device("cpu"))
+    assert len(list((tmp_path / "samples").iterdir())) == 1
 
 
 GAN_CHANGES = dict(loss="rel", steps=5, batch=8, seed=1, width=3, c_length=4.0, weight=0.7, lr=0.01,
@@ -1256,6 +1293,15 @@ def test_every_setting_of_gan_train_matters(name, drawn, corpus, tmp_path, monke
         v.gan_train(replace(base, out=str(tmp_path / "x y"), workers=int(name == "workers")))
         assert left(tmp_path / "x y") == left(drawn)
     else:
+        if name == "seed":  # of z itself
+            drawn_z = []
+            monkeypatch.setattr(v.Generator, "forward", lambda self, z, c, real=v.Generator.forward:
+                                drawn_z.append(z.clone()) or real(self, z, c))
+            for seed in (0, 0, 1):
+                v.gan_train(replace(base, out=str(tmp_path), seed=seed, steps=1, runs=1))
+            one, two, three = drawn_z[0], drawn_z[len(drawn_z) // 3], drawn_z[-len(drawn_z) // 3]
+            assert torch.equal(one, two) and not torch.isclose(one, three).any()
+            monkeypatch.undo()
         v.gan_train(replace(base, out=str(tmp_path), **{name: GAN_CHANGES[name]}))
         assert left(tmp_path) != left(drawn)
 

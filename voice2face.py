@@ -167,26 +167,26 @@ class GanSettings:
                           choices=("small", "paper"))
     loss: str = setting("relid", "Eq. 5, or Eq. 4 without mismatched identities (rel)",
                         "[paper §3.2]", choices=("relid", "rel"))
-    steps: int = setting(2800, "training steps, each one of D and one of G", low=1)
-    batch: int = setting(16, "real faces per step", low=2)
+    steps: int = setting(5000, "training steps, each one of D and one of G", low=1)
+    batch: int = setting(8, "real faces per step", low=2)
     seed: int = setting(0, "seed of weights, batches, z and c-", low=0)
     device: str = setting("auto", "cpu, cuda, cuda:1, ...; auto is cuda where there is one")
     workers: int = setting(1, "loader processes; 0 loads in the training process", low=0)
     width: int = setting(16, "channels of G's last block, unit of all widths; 64 in [SNGAN]", low=1)
     c_length: float = setting(1.0, "length of c as G reads it, beside a z of about 11", low=1e-6)
-    weight: float = setting(0.05, "of <c, phi(f)> beside psi; 1 in the paper", low=0)
+    weight: float = setting(0.08, "of <c, phi(f)> beside psi; 1 in the paper", low=0)
     lr: float = setting(2e-3, "learning rate of G's Adam", low=0)
     d_lr: float = setting(4e-4, "learning rate of D's Adam: its phi is trained already", low=0)
     beta1: float = setting(0.0, "Adam's decay of the mean gradient", "[StyleGAN]", low=0)
     beta2: float = setting(0.99, "Adam's decay of the squared gradient", "[StyleGAN]", low=0)
-    gamma: float = setting(1.0, "R1: gamma/2 E |grad_f g(f, c+)|^2 on real faces", low=0)
+    gamma: float = setting(0.5, "R1: gamma/2 E |grad_f g(f, c+)|^2 on real faces", low=0)
     r1_every: int = setting(16, "steps between those with R1, which counts as often",
                             "[StyleGAN2]", low=1)
     decay: float = setting(0.998, "of the average of G that pictures and tests use", low=0)
     runs: int = setting(5, "runs of the final test, each with fresh z and negatives",
                         "[paper §4]", low=1)
-    eval_every: int = setting(250, "steps between validations, samples and checkpoints", low=1)
-    log_every: int = setting(50, "steps between log lines", low=1)
+    eval_every: int = setting(500, "steps between validations, samples and checkpoints", low=1)
+    log_every: int = setting(100, "steps between log lines", low=1)
 
 
 PAPER = {  # the presets `paper`
@@ -997,6 +997,14 @@ def init_convs(module):
             nn.init.zeros_(m.bias)
 
 
+def doublings(size):
+    """How often 4 must be doubled to give a side; raises ValueError unless it can."""
+    times = int(math.log2(size)) - 2
+    if times < 1 or size != 4 * 2**times:
+        raise ValueError(f"face size must be a power of two from 8 on, got {size}")
+    return times
+
+
 class FaceEncoder(nn.Module):
     """F: faces (B, 3, H, W) -> embeddings (B, D). The body of [SNGAN]'s projection discriminator.
 
@@ -1007,9 +1015,7 @@ class FaceEncoder(nn.Module):
 
     def __init__(self, size=128, width=64, length=1.0):
         super().__init__()
-        self.length, downs = length, int(math.log2(size)) - 2
-        if downs < 1 or size != 4 * 2**downs:
-            raise ValueError(f"face size must be a power of two from 8 on, got {size}")
+        self.length, downs = length, doublings(size)
         widths = [3] + [width * 2 ** min(i, 4) for i in range(downs)]
         blocks = [FaceBlock(widths[i], widths[i + 1], first=i == 0) for i in range(downs)]
         self.blocks = nn.Sequential(*blocks, FaceBlock(widths[-1], widths[-1], down=False))
@@ -1089,10 +1095,9 @@ class AdaIN(nn.Module):
 
     def forward(self, x, style):
         scale, shift = self.style(style)[:, :, None, None].chunk(2, 1)  # (B, 2C) -> 2 (B, C, 1, 1)
-        mean = x.mean((2, 3), keepdim=True)  # (B, C, H, W) -> (B, C, 1, 1)
-        var = x.square().mean((2, 3), keepdim=True) - mean.square()
-        gain = (1 + scale) * (var.clamp(min=0) + 1e-5).rsqrt()
-        return torch.addcmul(shift - gain * mean, gain, x)  # twice as fast here as F.instance_norm
+        x = x - x.mean((2, 3), keepdim=True)  # (B, C, H, W) - (B, C, 1, 1)
+        var = x.square().mean((2, 3), keepdim=True)  # -> (B, C, 1, 1)
+        return torch.addcmul(shift, (1 + scale) * (var + 1e-5).rsqrt(), x)  # keeps channels_last
 
 
 class UpBlock(nn.Module):
@@ -1134,9 +1139,7 @@ class Generator(nn.Module):
 
     def __init__(self, size=128, width=64, c_length=1.0):
         super().__init__()
-        self.c_length, ups = c_length, int(math.log2(size)) - 2
-        if ups < 1 or size != 4 * 2**ups:
-            raise ValueError(f"face size must be a power of two from 8 on, got {size}")
+        self.c_length, ups = c_length, doublings(size)
         widths = [width * 2 ** min(i, 4) for i in range(ups, -1, -1)]  # 1024 1024 512 256 128 64
         self.first = nn.Linear(2 * EMBED, widths[0] * 4 * 4)
         self.blocks = nn.ModuleList(UpBlock(*pair) for pair in zip(widths, widths[1:]))
@@ -1155,18 +1158,19 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """g(f, c) = weight <c, phi(f)> + psi(phi(f)): faces (B, 3, H, W), c (B, D) -> logits (B,).
+    """g(f, c) = weight <c, phi(f)> + psi(f): faces (B, 3, H, W), c (B, D) -> logits (B,).
 
     Eq. 2 with Eq. 3's c = S(s); phi starts as the trained F and goes on training [paper §3.2]. The
     sigmoid A of D = A(g) is in the losses. The weight is 1 in the paper; there the inner products
-    of confident encoders swamp psi, which alone tells real from drawn [ours]. psi is linear and
-    reads what phi's head reads: the embeddings, all of one length, hide too much from it [ours].
+    of confident encoders swamp psi, which alone tells real from drawn [ours]. psi is linear in what
+    phi's head reads, not in phi(f), whose one length hides too much [ours]; it needs no bias, for
+    the losses take differences.
     """
 
     def __init__(self, face_encoder, weight=1.0):
         super().__init__()
         self.phi, self.weight = copy.deepcopy(face_encoder).requires_grad_(True), weight
-        self.psi = nn.Linear(face_encoder.head.in_features, 1)
+        self.psi = nn.Linear(face_encoder.head.in_features, 1, bias=False)
         nn.init.normal_(self.psi.weight, std=0.01)  # [ours]
 
     def read(self, faces):
@@ -1174,13 +1178,14 @@ class Discriminator(nn.Module):
         h = self.phi.features(faces)  # (B, 3, H, W) -> (B, C)
         return to_length(self.phi.head(h), self.phi.length), self.psi(h)[:, 0]
 
-    def match(self, c, phi):
-        """weight <c, phi(f)>: (B, D), (B, D) -> (B,)."""
-        return self.weight * (c * phi).sum(1)
-
     def forward(self, faces, c):
         phi, psi = self.read(faces)
-        return self.match(c, phi) + psi
+        return self.weight * inner(c, phi) + psi
+
+
+def inner(c, phi):
+    """<c, phi>: (B, D), (B, D) -> (B,)."""
+    return (c * phi).sum(1)
 
 
 def rel_loss(own, other):
@@ -1194,8 +1199,9 @@ def rel_loss(own, other):
 def relid_loss(own, other, match, mismatch):
     """-E log A(g(own, c+) - g(other, c+) + <c+, phi(own)> - <c-, phi(own)>): Eq. 5 in Eq. 6.
 
-    All (B,); own and other as in rel_loss. match and mismatch say how well one's own face fits the
-    voice and another person's voice: without them phi forgets who fits whom [paper §3.2].
+    All (B,); own and other as in rel_loss. match and mismatch, <c+, phi(own)> and <c-, phi(own)>
+    with their weight, say how well a face fits its voice and another person's: without them phi
+    forgets who fits whom [paper §3.2].
     """
     return F.softplus(-(own - other + match - mismatch)).mean()
 
@@ -1219,10 +1225,10 @@ def d_step(discriminator, optimizer, faces, fakes, c, wrong, cfg, penalise):
     """
     phi, psi = discriminator.read(torch.cat([faces, fakes.detach()]))  # (2B, D), (2B,)
     (phi_real, phi_fake), (psi_real, psi_fake) = phi.chunk(2), psi.chunk(2)
-    match_real, match_fake = discriminator.match(c, phi_real), discriminator.match(c, phi_fake)
-    mismatch = discriminator.match(wrong, phi_real)  # <c-, phi(real)>
-    loss = adversarial_loss(cfg.loss, match_real + psi_real, match_fake + psi_fake,
-                            match_real, mismatch)
+    match_real, match_fake = inner(c, phi_real), inner(c, phi_fake)  # (B,), (B,)
+    mismatch, w = inner(wrong, phi_real), cfg.weight
+    loss = adversarial_loss(cfg.loss, w * match_real + psi_real, w * match_fake + psi_fake,
+                            w * match_real, w * mismatch)
     numbers = dict(loss_d=loss, match_real=match_real.mean(), match_fake=match_fake.mean(),
                    mismatch_real=mismatch.mean())
     optimizer.zero_grad()
@@ -1239,7 +1245,7 @@ def g_step(discriminator, optimizer, faces, fakes, c, wrong, cfg):
     """
     discriminator.requires_grad_(False)
     phi, psi = discriminator.read(fakes)  # (B, D), (B,)
-    match, mismatch = discriminator.match(c, phi), discriminator.match(wrong, phi)
+    match, mismatch = cfg.weight * inner(c, phi), cfg.weight * inner(wrong, phi)
     loss = adversarial_loss(cfg.loss, match + psi, discriminator(faces, c), match, mismatch)
     optimizer.zero_grad()
     loss.backward()
@@ -1309,13 +1315,15 @@ class RunLog:
 
     def write(self, step, faults):
         """Write and show the line of a step; raises UserError at the first number that is none."""
-        line = {"step": step}
+        line, bad = {"step": step}, []
         for name, found in self.values.items():
             steps, numbers = zip(*found)
             numbers = torch.stack(numbers).tolist()
-            for at, number in zip(steps, numbers):
-                check_finite(number, f"step {at}: {name} is {number}")
+            bad += [(at, name, x) for at, x in zip(steps, numbers) if not math.isfinite(x)]
             line[name] = round(sum(numbers) / len(numbers), 4)
+        if bad:
+            at, name, x = min(bad, key=lambda found: found[0])
+            raise diverged(f"step {at}: {name} is {x}")
         line |= {f"{self.unit}_per_s": round(self.clips / (time.time() - self.since), 1),
                  "peak_memory_gb": round(peak_memory(self.device), 3), "faults": faults}
         self.record(line)
@@ -1328,11 +1336,10 @@ class RunLog:
         print(json.dumps(line), file=self.file, flush=True)
 
 
-def check_finite(number, where):
-    """Raise UserError unless a number is finite."""
-    if not math.isfinite(number):
-        raise UserError(f"{where}: the run diverged, try a lower --lr; "
-                        "its checkpoints are as of the last validation")
+def diverged(where):
+    """The UserError of a run whose numbers are none any more."""
+    return UserError(f"{where}: the run diverged, try a lower --lr; "
+                     "its checkpoints, if any, are as of the last validation")
 
 
 def pick_device(name):
@@ -1458,7 +1465,8 @@ def validate(encoders, people, cfg, faults, device, draws=20):
     embedded = embed_pairs(encoders, pairs, device, cfg.workers, faults)
     generator = torch.Generator().manual_seed(cfg.seed)
     val = np.mean([k_way(*embedded, cfg.k, cfg.direction, generator) for _ in range(draws)]).item()
-    check_finite(val, "validation")
+    if not math.isfinite(val):
+        raise diverged("validation: embeddings are NaN")
     return val
 
 
@@ -1547,7 +1555,10 @@ def gan_train(cfg):
     corpus, labels, out = open_corpus(cfg.data, 2), read_labels(cfg.data), make_folder(cfg.out)
     write_json(out / "settings.json", asdict(cfg))
     samples = make_folder(out / "samples")
+    for old in samples.glob("*.png"):
+        old.unlink()  # of an earlier run
     torch.manual_seed(cfg.seed)
+    rng, noise = (torch.Generator(d).manual_seed(cfg.seed) for d in ("cpu", device))
     gan = make_gan(cfg, match, encoders, device)
     generator, discriminator = copy.deepcopy(gan.generator), Discriminator(gan.face_encoder,
                                                                            cfg.weight).to(device)
@@ -1560,11 +1571,11 @@ def gan_train(cfg):
     for step, batch in enumerate(load_batches(pairs, range(cfg.steps), cfg.workers), start=1):
         faults.add(batch)
         speech, faces = to_device(batch, device)  # (B, T), (B, 3, H, W)
-        rng = torch.Generator().manual_seed((cfg.seed * 2**32 + step) % 2**63)
         with torch.no_grad():
             c = gan.speech_encoder(speech)  # c+: (B, T) -> (B, D)
         wrong = c[draw_candidates(batch.identity, 2, rng)[:, 1].to(device)]  # c-: (B, D)
-        fakes = generator(torch.randn(c.shape, generator=rng).to(device), c)  # (B, 3, H, W)
+        z = torch.randn(c.shape, generator=noise, device=device)  # (B, D)
+        fakes = generator(z, c)  # (B, D), (B, D) -> (B, 3, H, W); both steps use them
         numbers = d_step(discriminator, d_optimizer, faces, fakes, c, wrong, cfg,
                          penalise=step % cfg.r1_every == 0)
         numbers |= g_step(discriminator, g_optimizer, faces, fakes, c, wrong, cfg)
@@ -1575,8 +1586,8 @@ def gan_train(cfg):
         if validating or step % cfg.log_every == 0:
             log.write(step, faults.faults)
         if validating:
-            val = evaluate_generator(gan, corpus["val"], {}, 1, device)
-            val = {name: val[name] for name in ("preferred", "f-v/2", "real/f-v/2")}
+            val = evaluate_generator(gan, corpus["val"], {}, 1, device, faults)
+            val = {name: val[name] for name in ("preferred", "f-v/2", "real/f-v/2") if name in val}
             log.record({"step": step} | {f"val/{name}": value for name, value in val.items()})
             log.progress.say(f"validation after step {step}: "
                              + "  ".join(f"{name} {value:.1f} %" for name, value in val.items()))
@@ -1584,7 +1595,7 @@ def gan_train(cfg):
             save_gan(out / "last.pt", gan, step)
             log.since = time.time()  # images_per_s is of training alone
 
-    metrics = evaluate_generator(gan, corpus["test"], labels, cfg.runs, device)
+    metrics = evaluate_generator(gan, corpus["test"], labels, cfg.runs, device, FaultCounter())
     print_generation(metrics)
     write_json(out / "metrics.json", metrics)
 
@@ -1669,6 +1680,11 @@ def oracle_embeddings(labels, names, identity):
     return torch.tensor(rows, dtype=torch.float32)[identity]
 
 
+def genders_of(labels, pairs, identity):
+    """The gender of N clips' people as labels.csv has it, "" where it has none."""
+    return [labels.get(pairs.names[i], {}).get("gender") or "" for i in identity]
+
+
 def evaluate_matching(encoders, people, labels, cfg, runs, device):
     """All tests on a split, in percent: mean and /std over runs; oracle/ where factors are known.
 
@@ -1680,7 +1696,7 @@ def evaluate_matching(encoders, people, labels, cfg, runs, device):
         seed = cfg.seed + 1000 * (run + 1)
         pairs = Pairs(people, cfg.seconds, cfg.size, cfg.batch, seed, shuffle=False)
         speech, faces, identity = embed_pairs(encoders, pairs, device, cfg.workers, faults)
-        genders = [labels.get(pairs.names[i], {}).get("gender") or "" for i in identity]
+        genders = genders_of(labels, pairs, identity)
         results[""].append(matching_run(speech, faces, identity, genders, seed))
         if all(factor in labels.get(name, {}) for factor in SHARED for name in pairs.names):
             truth = oracle_embeddings(labels, pairs.names, identity)
@@ -1756,37 +1772,37 @@ def draw_examples(encoders, people, cfg, path, device, rows=4, cell=100):
 
 @torch.no_grad()
 def draw_fakes(gan, c, z):
-    """G(z, c), (N, 3, H, W), of N conditions (N, D) and z (N, D), by the average of G."""
+    """G(z, c), (N, 3, H, W), of N conditions (N, D) and z (N, D), on the CPU."""
     device = next(gan.generator.parameters()).device
-    chunks = zip(z.split(gan.cfg.batch), c.split(gan.cfg.batch))
-    return torch.cat([gan.generator(z.to(device), c.to(device)) for z, c in chunks])
+    return torch.cat([gan.generator(z.to(device), c.to(device)).cpu()
+                      for z, c in zip(z.split(CHUNK), c.split(CHUNK))])
 
 
 @torch.no_grad()
 def embed_fakes(gan, c, seed):
     """F(G(z, c)), (N, D), of N conditions (N, D), on the CPU; z is new for each."""
-    z, rows = torch.randn(c.shape, generator=torch.Generator().manual_seed(seed)), []
-    for z, c in zip(z.split(CHUNK), c.split(CHUNK)):
-        faces = draw_fakes(gan, c, z)  # (n, D) -> (n, 3, H, W)
-        rows += [gan.face_encoder(f).cpu() for f in faces.split(gan.cfg.batch)]
-    return torch.cat(rows)
+    device = next(gan.generator.parameters()).device
+    z = torch.randn(c.shape, generator=torch.Generator().manual_seed(seed))  # (N, D)
+    chunks = [(z.to(device), c.to(device)) for z, c in zip(z.split(32), c.split(32))]
+    return torch.cat([gan.face_encoder(gan.generator(z, c)).cpu() for z, c in chunks])
 
 
-def evaluate_generator(gan, people, labels, runs, device):
+def evaluate_generator(gan, people, labels, runs, device, faults):
     """QTA 2 on a split, in percent: mean and /std over runs with fresh z, windows and negatives.
 
     preferred: F finds that the generated face fits the voice better than the true face [paper §4].
     v-f/K, f-v/K are matching_run's on generated faces, real/... on the true ones.
     """
-    rows, faults, encoders = [], FaultCounter(), (gan.speech_encoder, gan.face_encoder)
+    rows, encoders = [], (gan.speech_encoder, gan.face_encoder)
     for run in range(runs):
         seed = gan.cfg.seed + 1000 * (run + 1)
         pairs = Pairs(people, gan.match.seconds, gan.match.size, gan.cfg.batch, seed, shuffle=False)
         c, real, identity = embed_pairs(encoders, pairs, device, gan.cfg.workers, faults)
         fake = embed_fakes(gan, c, seed)  # (N, D), as c and real are
-        check_finite(fake.sum().item(), "validation")
+        if not fake.isfinite().all():
+            raise diverged("validation: drawn faces are NaN")
         logits = torch.stack([(c * fake).sum(1), (c * real).sum(1)], 1)  # (N, 2)
-        genders = [labels.get(pairs.names[i], {}).get("gender") or "" for i in identity]
+        genders = genders_of(labels, pairs, identity)
         row = {"preferred": 100 * top1(logits).mean().item()}
         row |= matching_run(c, fake, identity, genders, seed)
         row |= {f"real/{key}": value
@@ -1866,13 +1882,15 @@ def encode_recording(gan, path, seed, device):
     """c = S(s), (D,), of any recording; raises UserError where there is nothing to hear."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such recording")
+    rng = np.random.default_rng(seed)
     try:
-        speech = load_speech(path, gan.match.seconds, np.random.default_rng(seed))  # (T,)
+        for _ in range(20):  # one window may be a pause
+            speech = load_speech(path, gan.match.seconds, rng)  # (T,)
+            if np.ptp(speech) > SILENCE:
+                return gan.speech_encoder(torch.from_numpy(speech)[None].to(device))[0].cpu()
     except ValueError as e:
         raise UserError(str(e)) from e
-    if np.ptp(speech) < SILENCE:
-        raise UserError(f"{path}: silent, there is no voice to draw a face for")
-    return gan.speech_encoder(torch.from_numpy(speech)[None].to(device))[0].cpu()
+    raise UserError(f"{path}: silent, there is no voice to draw a face for")
 
 
 # ==================================================================================================
@@ -1886,6 +1904,11 @@ COMMANDS = {"match-train": (MatchSettings, "train the speech and the face encode
             "make-data": (MakeSettings, "write the synthetic corpus to DIR"),
             "check-data": (CheckSettings,
                            "read every file of the corpus DIR and list what is wrong")}
+
+
+def flag(name):
+    """A field's name on the command line."""
+    return "-n" if name == "n" else f"--{name.replace('_', '-')}"
 
 
 def make_parser():
@@ -1903,8 +1926,7 @@ def make_parser():
             paper = PAPER.get(name, {}).get(f.name)
             paper = f", paper: {paper}" if paper else ""
             text = f"{f.metadata['help']} (default: {f.default}{paper})".replace("%", "%%")
-            dashes = "-" if len(f.name) == 1 and settings is GenerateSettings else "--"
-            command.add_argument(dashes + f.name.replace("_", "-"), type=type(f.default),
+            command.add_argument(flag(f.name), type=type(f.default),
                                  default=argparse.SUPPRESS, choices=f.metadata["choices"],
                                  help=text)
     return parser
@@ -1914,12 +1936,16 @@ def check_settings(cfg):
     """Raise UserError for a value that cannot work, with its flag and what is allowed."""
     def rule(name, holds, allowed):
         if not holds:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be {allowed}")
+            raise UserError(f"{flag(name)} {getattr(cfg, name)}: must be {allowed}")
 
     for f in fields(cfg):
         low = f.metadata["low"]
         rule(f.name, low is None or getattr(cfg, f.name) >= low, f"at least {low}")
         rule(f.name, f.type not in (int, float) or abs(getattr(cfg, f.name)) < 2**63, "below 2^63")
+    for name in {"beta1", "beta2", "decay"} & set(vars(cfg)):
+        rule(name, getattr(cfg, name) < 1, "below 1")
+    if isinstance(cfg, GenerateSettings):
+        rule("out", cfg.out.lower().endswith(".png"), "a .png file")
     if isinstance(cfg, MatchSettings):
         rule("batch", cfg.batch >= cfg.k, f"at least --k {cfg.k}")
         before_last = math.prod(PASE_STRIDES[:-1]) * cfg.sinc_stride  # samples per frame, which
