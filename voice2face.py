@@ -52,11 +52,14 @@ Sources    [paper §x]; [PASE] Pascual et al. 2019; [SincNet] Ravanelli and Beng
            - the waveform's loudness is divided out, being the microphone's (`SpeechEncoder`);
            - the face encoder has no spectral norm, and a learned 1x1 layer in every shortcut;
            - a test run draws fresh windows and frames beside fresh negatives;
-           - <c, phi> counts a twentieth beside psi, psi reads what phi's head reads, and G reads a
-             short c: else z is ignored (`Discriminator`, `Generator`);
-           - Eq. 5 and 6 are lost from the text that we have; our reading is in `relid_loss`;
+           - <c, phi> has a weight below 1, and G reads a short c, in `paper`, too: otherwise all of
+             a face follows c, and z is ignored (`Discriminator`, `Generator`);
+           - psi reads what phi's head reads, AdaIN's style is [z, c], where the paper has phi and
+             does not say what the style is (same places);
+           - of the text that we have only Eq. 2 is whole; how we read Eq. 5 is in `relid_loss`;
            - the preset `small` hears 1.5 s and sees 64x64 pixels through narrower layers, its sinc
-             layer with stride 8, to fit a CPU. It learns with SGD, as the paper does.
+             layer with stride 8, to fit a CPU.
+           As in the paper, match-train learns with SGD, gan-train with Adam.
 
 Commands   python voice2face.py match-train        train S and F on a synthetic corpus unless --data
            python voice2face.py match-test         test a trained pair in both directions
@@ -165,7 +168,7 @@ class GanSettings:
     out: str = setting("runs/gan", "run folder: checkpoint, log, samples, metrics")
     preset: str = setting("small", "small: two CPU cores; paper: its scale",
                           choices=("small", "paper"))
-    loss: str = setting("relid", "Eq. 5, or Eq. 4 without mismatched identities (rel)",
+    loss: str = setting("relid", "relid: Eq. 5; rel: Eq. 4, without mismatched identities",
                         "[paper §3.2]", choices=("relid", "rel"))
     steps: int = setting(5000, "training steps, each one of D and one of G", low=1)
     batch: int = setting(8, "real faces per step", low=2)
@@ -173,16 +176,16 @@ class GanSettings:
     device: str = setting("auto", "cpu, cuda, cuda:1, ...; auto is cuda where there is one")
     workers: int = setting(1, "loader processes; 0 loads in the training process", low=0)
     width: int = setting(16, "channels of G's last block, unit of all widths; 64 in [SNGAN]", low=1)
-    c_length: float = setting(1.0, "length of c as G reads it, beside a z of about 11", low=1e-6)
+    c_length: float = setting(1.0, "length of c as G reads it; z has about sqrt(128)", low=1e-6)
     weight: float = setting(0.08, "of <c, phi(f)> beside psi; 1 in the paper", low=0)
     lr: float = setting(2e-3, "learning rate of G's Adam", low=0)
     d_lr: float = setting(4e-4, "learning rate of D's Adam: its phi is trained already", low=0)
     beta1: float = setting(0.0, "Adam's decay of the mean gradient", "[StyleGAN]", low=0)
     beta2: float = setting(0.99, "Adam's decay of the squared gradient", "[StyleGAN]", low=0)
-    gamma: float = setting(0.5, "R1: gamma/2 E |grad_f g(f, c+)|^2 on real faces", low=0)
-    r1_every: int = setting(16, "steps between those with R1, which counts as often",
+    gamma: float = setting(1.0, "R1: gamma/2 E |grad_f g(f, c+)|^2 on real faces", low=0)
+    r1_every: int = setting(16, "R1 is computed each n-th step only, and counts n times",
                             "[StyleGAN2]", low=1)
-    decay: float = setting(0.998, "of the average of G that pictures and tests use", low=0)
+    decay: float = setting(0.998, "of the running average of G, which is what is tested", low=0)
     runs: int = setting(5, "runs of the final test, each with fresh z and negatives",
                         "[paper §4]", low=1)
     eval_every: int = setting(500, "steps between validations, samples and checkpoints", low=1)
@@ -1084,9 +1087,9 @@ def top1(logits):
 class AdaIN(nn.Module):
     """The style sets mean and deviation of each channel [StyleGAN]: x (B, C, H, W), style (B, 2D).
 
-        AdaIN(x, y) = scale(y) (x - mean(x)) / std(x) + shift(y),   mean and std over H and W
+        AdaIN(x, y) = (1 + scale(y)) (x - mean(x)) / std(x) + shift(y),   mean, std over H and W
 
-    scale - 1 and shift are linear in the style.
+    scale and shift are linear in the style y; 1 + scale starts near 1.
     """
 
     def __init__(self, channels):
@@ -1103,8 +1106,9 @@ class AdaIN(nn.Module):
 class UpBlock(nn.Module):
     """Residual block of [SNGAN]'s generator: (B, C, H, W), style (B, 2D) -> (B, C', 2H, 2W).
 
-    Up-sampling is bilinear, as in [StyleGAN]: with the nearest neighbour odd and even rows differed
-    for long. It stands after the first convolution and the 1x1 layer: half of the work [ours].
+    Up-sampling is bilinear, as in [StyleGAN]: nearest-neighbour left stripes of alternating rows.
+    It follows the first convolution and the 1x1 layer, where [SNGAN] has them after it: half of
+    the time [ours].
     """
 
     def __init__(self, channels, out):
@@ -1131,9 +1135,9 @@ class Generator(nn.Module):
     layer [paper §3.2]. Its style is [z, c], too: with c alone only c could set a colour, for AdaIN
     wipes out the mean of what comes from below [ours]. In [SNGAN] width is 64, size 128.
 
-    c_length: the length of c as G reads it. z has 128 directions of variance 1; c lies close to the
-    few that speech and face share. At z's length each of these is far louder than one of z, and G
-    learns to draw everything from c, background included [ours].
+    c_length: the length of c as G reads it. z has variance 1 in each of its 128 directions; c
+    varies in the few that speech and face share, here about four. At z's length each of those had
+    some 25 times the variance of one of z, and G drew even the background from c [ours].
     Raises ValueError unless size is a power of two from 8 on.
     """
 
@@ -1161,10 +1165,10 @@ class Discriminator(nn.Module):
     """g(f, c) = weight <c, phi(f)> + psi(f): faces (B, 3, H, W), c (B, D) -> logits (B,).
 
     Eq. 2 with Eq. 3's c = S(s); phi starts as the trained F and goes on training [paper §3.2]. The
-    sigmoid A of D = A(g) is in the losses. The weight is 1 in the paper; there the inner products
-    of confident encoders swamp psi, which alone tells real from drawn [ours]. psi is linear in what
-    phi's head reads, not in phi(f), whose one length hides too much [ours]; it needs no bias, for
-    the losses take differences.
+    sigmoid A of D = A(g) is in the losses. With the paper's weight of 1 the inner products of
+    confident encoders would swamp psi, which alone tells real from drawn [ours]. psi is linear in
+    what phi's head reads, not in phi(f): all of one length, that hides too much [ours]. It needs
+    no bias, for the losses take differences.
     """
 
     def __init__(self, face_encoder, weight=1.0):
@@ -1199,9 +1203,10 @@ def rel_loss(own, other):
 def relid_loss(own, other, match, mismatch):
     """-E log A(g(own, c+) - g(other, c+) + <c+, phi(own)> - <c-, phi(own)>): Eq. 5 in Eq. 6.
 
-    All (B,); own and other as in rel_loss. match and mismatch, <c+, phi(own)> and <c-, phi(own)>
-    with their weight, say how well a face fits its voice and another person's: without them phi
-    forgets who fits whom [paper §3.2].
+    All (B,); own and other as in rel_loss, match and mismatch with g's weight. They say how well a
+    face fits its voice and another person's: without them phi forgets who fits whom [paper §3.2].
+    Our reading: one sigmoid around all terms, as in Eq. 4; on G's side the fake takes the real
+    face's place, in the mismatch, too.
     """
     return F.softplus(-(own - other + match - mismatch)).mean()
 
@@ -1241,8 +1246,7 @@ def d_step(discriminator, optimizer, faces, fakes, c, wrong, cfg, penalise):
 
 
 def g_step(discriminator, optimizer, faces, fakes, c, wrong, cfg):
-    """Train G, through the faces that it drew, to fit c+ better than real ones; {"loss_g": number}.
-    """
+    """Train G, whose faces `fakes` are, to look more real and fit c+ better than the real ones."""
     discriminator.requires_grad_(False)
     phi, psi = discriminator.read(fakes)  # (B, D), (B,)
     match, mismatch = cfg.weight * inner(c, phi), cfg.weight * inner(wrong, phi)
@@ -1256,8 +1260,8 @@ def g_step(discriminator, optimizer, faces, fakes, c, wrong, cfg):
 
 @torch.no_grad()
 def follow(average, generator, step, decay):
-    """Move the average of G towards G; a young average forgets faster [ours]."""
-    decay = min(decay, (1 + step) / (10 + step))
+    """Move the average of G towards G."""
+    decay = min(decay, (1 + step) / (10 + step))  # a young average forgets faster [ours]
     for mean, new in zip(average.parameters(), generator.parameters()):
         mean.lerp_(new, 1 - decay)
 
@@ -1300,7 +1304,7 @@ def peak_memory(device):
 
 
 class RunLog:
-    """log.jsonl, line by line: step, means since the last, clips_per_s, peak_memory_gb, faults."""
+    """log.jsonl, line by line: step, means since the last, clips per s, peak_memory_gb, faults."""
 
     def __init__(self, out, steps, device, unit="clips"):
         self.file = open(out / "log.jsonl", "w", encoding="utf8")
@@ -1565,6 +1569,8 @@ def gan_train(cfg):
     betas = (cfg.beta1, cfg.beta2)
     g_optimizer = torch.optim.Adam(generator.parameters(), cfg.lr, betas)  # [paper §4]
     d_optimizer = torch.optim.Adam(discriminator.parameters(), cfg.d_lr, betas)
+    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda i: min(1, 2 - 2 * i / cfg.steps))
+                 for o in (g_optimizer, d_optimizer)]  # down to 0 in the second half [ours]
     pairs = Pairs(corpus["train"], match.seconds, match.size, cfg.batch, cfg.seed, shuffle=True)
     log, faults = RunLog(out, cfg.steps, device, "images"), FaultCounter()
 
@@ -1579,6 +1585,8 @@ def gan_train(cfg):
         numbers = d_step(discriminator, d_optimizer, faces, fakes, c, wrong, cfg,
                          penalise=step % cfg.r1_every == 0)
         numbers |= g_step(discriminator, g_optimizer, faces, fakes, c, wrong, cfg)
+        for schedule in schedules:
+            schedule.step()
         follow(gan.generator, generator, step, cfg.decay)
 
         log.add(step, len(faces), **numbers)
@@ -1608,7 +1616,7 @@ def gan_train(cfg):
 # ==================================================================================================
 
 TEST_KS = (2, 10)  # [paper §4]
-CHUNK = 4096  # clips compared at once: memory grows with their number, not with its square [ours]
+CHUNK = 4096  # clips handled at once: memory grows with their number, not with its square [ours]
 
 
 def draw_rivals(identity, k, generator):
@@ -1790,8 +1798,9 @@ def embed_fakes(gan, c, seed):
 def evaluate_generator(gan, people, labels, runs, device, faults):
     """QTA 2 on a split, in percent: mean and /std over runs with fresh z, windows and negatives.
 
-    preferred: F finds that the generated face fits the voice better than the true face [paper §4].
-    v-f/K, f-v/K are matching_run's on generated faces, real/... on the true ones.
+    preferred: F finds that the generated face fits the voice better than the true one; f-v/2: given
+    a generated face, F and S pick its voice [paper §4]. The other tests of matching_run, and all of
+    them on true faces as real/..., stand beside these [ours].
     """
     rows, encoders = [], (gan.speech_encoder, gan.face_encoder)
     for run in range(runs):
@@ -1814,7 +1823,7 @@ def evaluate_generator(gan, people, labels, runs, device, faults):
 def draw_grid(path, rows, names, heads, least=128):
     """A picture of faces: rows of (n, 3, H, W), each under its name, each column under its head.
 
-    Faces smaller than `least` pixels are enlarged by whole pixels and otherwise left as they are.
+    Faces smaller than `least` pixels are enlarged by a whole factor, each pixel becoming a square.
     """
     font, side = ImageFont.load_default(14), rows[0].shape[-1]
     side *= max(1, least // side)
@@ -1835,10 +1844,10 @@ def draw_grid(path, rows, names, heads, least=128):
 
 
 def draw_samples(gan, people, path, device, rows=8, columns=7):
-    """The same voices and the same z whenever it is called; the first column is the true face."""
+    """Draw the same voices with the same z at every call; the first column is the true face."""
     some = dict(list(people.items())[::max(1, len(people) // rows)][:rows])
     pairs = Pairs(some, gan.match.seconds, gan.match.size, rows, gan.cfg.seed, shuffle=False)
-    pairs.every = [(i, None) for i in range(len(some))]  # a clip of each
+    pairs.every = [(i, None) for i in range(len(some))]  # a random clip of each
     batch, z = pairs[0], torch.randn(columns, EMBED, generator=torch.Generator().manual_seed(0))
     if batch.speech is None:
         return
@@ -1856,11 +1865,11 @@ def print_generation(metrics):
     def cell(key):
         return f"{metrics[key]:.1f} +- {metrics[key + '/std']:.1f}" if key in metrics else "-"
 
-    print(f"\n{'in %':16}{'generated face':>18}{'true face':>18}{'chance':>9}")
+    print(f"\n{'accuracy in %':22}{'generated face':>18}{'true face':>18}{'chance':>9}")
     for direction, k in itertools.product(("v-f", "f-v"), TEST_KS):
         for suffix, note in (("", ""), ("/gender", " same gender")):
             key = f"{direction}/{k}{suffix}"
-            print(f"{direction.upper()} {k:>2}-way{note:12}{cell(key):>16}{cell('real/' + key):>18}"
+            print(f"{direction.upper()} {k:>2}-way{note:12}{cell(key):>18}{cell('real/' + key):>18}"
                   f"{100 / k:9.1f}")
     print(f"generated face preferred to the true one: {cell('preferred')} %")
 
