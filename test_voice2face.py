@@ -1306,6 +1306,228 @@ def test_every_setting_of_gan_train_matters(name, drawn, corpus, tmp_path, monke
         assert left(tmp_path) != left(drawn)
 
 
+# ---- The report ----------------------------------------------------------------------------------
+
+
+def test_couples_are_of_different_people():
+    identity = torch.tensor([0, 0, 0, 0, 1, 2])
+    couples = v.draw_couples(identity, 999, torch.Generator().manual_seed(0))
+    assert couples.shape == (999, 2) and (identity[couples[:, 0]] != identity[couples[:, 1]]).all()
+    seen = {tuple(sorted(couple)) for couple in couples.tolist()}
+    assert seen == {(i, 4) for i in range(4)} | {(i, 5) for i in range(4)} | {(4, 5)}
+
+
+def test_correlation_of_planted_pairs():
+    generator = torch.Generator().manual_seed(0)
+    identity = torch.arange(100)
+    people = identity[v.draw_couples(identity, 1000, generator)]
+    x = torch.rand(1000, generator=generator).double()
+    assert v.correlation(x, 3 * x + 1, people, 50) == pytest.approx((1, 1, 1))
+    assert v.correlation(x, -x, people, 50)[0] == pytest.approx(-1)
+    y = x + torch.rand(1000, generator=generator)
+    r, low, high = v.correlation(x, y, people)
+    assert r == pytest.approx(np.corrcoef(x.numpy(), y.numpy())[0, 1]) and low < r < high
+    shuffled = y[torch.randperm(1000, generator=generator)]
+    r, low, high = v.correlation(x, shuffled, people)
+    assert abs(r) < 0.1 and low < 0 < high
+    weight = torch.randint(4, (1000,), generator=generator).double()  # as if repeated
+    assert v.pearson(x, y, weight) == pytest.approx(np.corrcoef(
+        *(np.repeat(a.numpy(), weight.long().numpy()) for a in (x, y)))[0, 1])
+
+
+def test_intervals_over_people_are_wider_where_people_repeat():
+    generator = torch.Generator().manual_seed(0)
+    mood = torch.randn(12, generator=generator).double()  # a person's own, in all of their pairs
+    people = v.draw_couples(torch.arange(12), 3000, generator)
+    x, y = mood[people].sum(1), mood.flip(0)[people].sum(1) + mood[people].sum(1)
+    r, low, high = v.correlation(x, y, people)
+    assert high - low > 5 * 2 * 1.96 * (1 - r * r) / math.sqrt(3000)  # as if pairs were independent
+
+
+def test_retrieval_of_planted_generators_and_brute_force():
+    torch.manual_seed(0)
+    gallery, owner = torch.randn(60, 8), torch.arange(60) // 3  # 20 people, 3 faces each
+    person = torch.arange(20)
+    perfect = v.recall(gallery[::3] + 0.001, person, gallery, owner, "r")
+    assert all(perfect[f"r/{d}/{k}"] == 100 for d in v.DISTANCES for k in v.RANKS)
+    alone, own = torch.randn(20, 8), torch.arange(20)  # a face each: a constant finds k of 20
+    constant = v.recall(torch.ones(20, 8), person, alone, own, "r")
+    assert all(constant[f"r/{d}/{k}"] == pytest.approx(100 * k / 20)
+               == pytest.approx(v.recall_by_chance(person, own, k))
+               for d in v.DISTANCES for k in v.RANKS)
+    queries, got = torch.randn(20, 8), {}
+    got = v.recall(queries, person, gallery, owner, "r")
+    q, g = queries.numpy()[:, None], gallery.numpy()[None]
+    cos = (q * g).sum(2) / np.linalg.norm(q, axis=2) / np.linalg.norm(g, axis=2)
+    for name, d in (("L1", np.abs(q - g).sum(2)), ("L2", np.square(q - g).sum(2)),
+                    ("cosine", -cos)):
+        order = np.argsort(d, axis=1)
+        for k in v.RANKS:
+            hits = [i in owner.numpy()[order[i, :k]] for i in range(20)]
+            assert got[f"r/{name}/{k}"] == pytest.approx(100 * np.mean(hits))
+    rng = np.random.default_rng(0)
+    drawn = np.mean([7 in owner.numpy()[rng.permutation(60)[:5]] for _ in range(20_000)])
+    assert v.recall_by_chance(person, owner, 5) == pytest.approx(100 * drawn, abs=1.5)
+    owner, person = torch.tensor([0] * 9 + [1]), torch.tensor([0, 1, 1, 1])  # of 10: 9 and 1 faces
+    assert v.recall_by_chance(person, owner, 1) == pytest.approx((90 + 10 + 10 + 10) / 4)
+
+
+def test_a_test_set_of_avspeechs_size_is_evaluable():
+    import resource
+    torch.manual_seed(0)
+    clips, before = 140_000, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    c, identity = torch.randn(clips, 8), torch.arange(clips)
+    row = v.matching_run(c, c, identity, [""] * clips, 0)
+    assert row["v-f/10"] > 90
+    gallery = c[:1000]
+    assert v.retrieve(c, identity, gallery, identity[:1000], "cosine")[1][:, 0].sum() == 1000
+    v.draw_couples(identity, 2000, torch.Generator())
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e6  # GB
+    assert grown < 2  # their square alone would take 78 GB
+
+
+def test_variance_shares_of_planted_factors():
+    torch.manual_seed(0)
+    a, b = torch.randn(30, 1, 2), torch.randn(1, 20, 2)
+    shares = v.variance_shares(a + 0 * b)
+    assert shares == pytest.approx((1, 0, 0), abs=1e-5)  # z is ignored
+    assert v.variance_shares(0 * a + b) == pytest.approx((0, 1, 0), abs=1e-5)
+    a, b = a - a.mean(0), b - b.mean(1, keepdim=True)
+    assert v.variance_shares(a * b) == pytest.approx((0, 0, 1), abs=1e-5)  # neither by itself
+    c, z, both = v.variance_shares(3 * a + b)
+    expected = 9 * a.var((0, 1), correction=0).sum() / (
+        9 * a.var((0, 1), correction=0).sum() + b.var((0, 1), correction=0).sum())
+    assert c == pytest.approx(expected.item()) and c + z + both == pytest.approx(1)
+
+
+def test_probe_reads_factors_of_unseen_people(corpus):
+    labels, columns = v.read_labels(corpus), v.probe_columns()
+    row = v.probe_targets(next(iter(labels.values())))
+    assert len(row) == max(c.stop for c in columns.values())
+    assert sum(c.stop - c.start for c in columns.values()) == len(row)
+    first = next(iter(labels.values()))
+    assert row[columns["age"]].index(1.0) == int(first["age"]) and sum(row[columns["age"]]) == 1
+    people = v.open_corpus(corpus, 2)
+    sets = {}
+    for split in ("train", "test"):
+        names, listed = list(people[split]), v.list_faces(people[split], 6, 9999, 0)
+        faces, kept = v.load_faces([p for _, p in listed], 32)
+        sets[split] = faces, torch.tensor([v.probe_targets(labels[names[listed[i][0]]])
+                                           for i in kept])
+    probe = v.train_probe(*sets["train"], 32, 8, torch.device("cpu"), steps=150)
+    read, truth = v.read_factors(probe, v.to_pixels(sets["test"][0], "cpu")), sets["test"][1]
+    gender, hue = columns["gender"], columns["background"].start
+    assert (read[:, gender].argmax(1) == truth[:, gender].argmax(1)).float().mean() > 0.65
+    assert read[:, gender].sum(1).abs().max() < 1e-4  # log-odds
+    assert torch.corrcoef(torch.stack([read[:, hue], truth[:, hue]]))[0, 1] > 0.75
+
+
+def test_faces_are_listed_by_person_and_bad_ones_left_out(tmp_path, capsys):
+    plain_corpus(tmp_path, 3, ("test",))
+    clip = tmp_path / "test" / "test1" / "a b"
+    write_face(clip / "7.png"), (clip / "8.png").write_text("no")
+    people = {p.name: v.list_clips(p) for p in sorted((tmp_path / "test").iterdir())}
+    listed = v.list_faces(people, 9, 9, 0)
+    assert sorted(i for i, _ in listed) == [0, 1, 1, 1, 2]
+    assert all(f"test{i}/" in path for i, path in listed)
+    assert sorted(i for i, _ in v.list_faces(people, 1, 9, 0)) == [0, 1, 2]
+    assert len({v.list_faces(people, 9, 2, seed)[0][0] for seed in range(20)}) == 3
+    assert len(v.list_faces(people, 9, 2, 0)) == 2
+    faces, kept = v.load_faces([path for _, path in listed], 32)
+    bad = [path.endswith("8.png") for _, path in listed].index(True)
+    assert faces.shape == (4, 32, 32, 3) and kept.tolist() == [i for i in range(5) if i != bad]
+    assert "left out" in capsys.readouterr().err
+
+
+def test_reports_need_two_people(drawn, tmp_path, capsys):
+    data = plain_corpus(tmp_path / "data", 4)
+    argv = ["gan-test", "--data", data, "--gan", drawn / "last.pt", "--out", tmp_path / "o",
+            *REPORT]
+    with pytest.raises(v.UserError, match="two people"):
+        v.draw_couples(torch.tensor([3, 3]), 5, torch.Generator())
+    assert "--gallery 1: must be at least 2" in refused(capsys, *argv, "--gallery", "1")
+    assert "--runs 1: must be at least 2" in refused(capsys, *argv, "--runs", "1")
+    for person in range(4):
+        for i in range(3):
+            write_face(data / "test" / f"test{person}" / "a b" / f"{i}.png")
+    assert "--gallery 2 --each 4: leaves faces of one person" in refused(
+        capsys, *argv, "--gallery", "2", "--each", "4")
+
+
+def test_ideal_faces_have_their_factors_where_they_belong(monkeypatch):
+    faces = v.draw_ideal(3, 4, 32, 0)
+    assert faces.shape == (3, 4, 32, 32, 3) and faces.dtype == torch.uint8
+    drawn = []
+    monkeypatch.setattr(v, "synth_faces", lambda person, openings, real=v.synth_faces:
+                        drawn.append(person) or real(person, openings))
+    v.draw_ideal(3, 4, 32, 0)
+    grid = [drawn[4 * i:4 * i + 4] for i in range(3)]
+    for name in drawn[0]:
+        for i in range(3):
+            for j in range(4):
+                other = grid[i][0] if name in v.SHARED else grid[0][j]
+                assert grid[i][j][name] == other[name]
+
+
+def test_claims_on_planted_metrics():
+    m = {f"real/{d}/{k}": 95.0 for d in ("v-f", "f-v") for k in (2, 10)} | {
+        "f-v/2": 99.0, "f-v/2/std": 2.0, "real/f-v/2/std": 1.0, "preferred": 70.0,
+        "preferred/std": 5.0, "versus/preferred": 40.0, "versus/over": 80.0,
+        "retrieval/cosine/5": 30.0, "versus/retrieval/cosine/5": 20.0, "qta1/r": 0.5,
+        "qta1/r/low": 0.4, "qta1/different/c": 0.5, "qta1/same/c": 0.3, "qta1/different/face": 0.3,
+        "qta1/same/face": 0.2} | {f"control/{name}/{by}": 81.0 for name in v.PROBED for by in "cz"}
+
+    def held(changed, losses=("relid", "rel")):
+        return [row[2] for row in v.claims(m | changed, losses)]
+
+    assert held({}) == ["yes"] * 8
+    for place, changed in enumerate([
+            {"real/v-f/10": 10.0}, {"qta1/same/face": 0.4}, {"qta1/r/low": -0.1},
+            {"preferred": 54.0, "versus/preferred": 10.0}, {"f-v/2/std": 5.0},
+            {"retrieval/cosine/5": 20.0}, {"control/age/c": 79.0}, {"control/hair/z": 79.0}]):
+        assert held(changed) == ["yes"] * place + ["no"] + ["yes"] * (7 - place), changed
+    assert held({}, ("rel", "relid"))[5] == held({}, ("relid", None))[5] == "not tested"
+    assert [row[2] for row in v.claims({}, (None, None))] == ["not tested"] * 8
+
+
+REPORT = ["--runs", "2", "--couples", "50", "--workers", "0", "--device", "cpu"]
+
+
+def test_report_fills_every_cell(drawn, corpus, trained, tmp_path, monkeypatch):
+    real = v.train_probe
+    monkeypatch.setattr(v, "train_probe", lambda *args: real(*args, steps=5))
+    assert v.main(["gan-test", "--data", str(corpus), "--gan", str(drawn / "last.pt"), "--versus",
+                   str(drawn / "last.pt"), "--out", str(tmp_path), *REPORT]) == 0
+    page = (tmp_path / "report.md").read_text(encoding="utf8")
+    pictures = re.findall(r"!\[.*?\]\((.*?)\)", page)
+    assert len(pictures) == 5 and all((tmp_path / p).stat().st_size > 1000 for p in pictures)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["versus/over"] == 50 and metrics["versus/preferred"] == metrics["preferred"]
+    assert {"qta1/r", "qta1/same/c", "retrieval/L1/1", "versus/retrieval/cosine/10",
+            "chance/retrieval/5", "control/tilt/z", "real/f-v/2/gender"} <= set(metrics)
+    assert metrics["retrieval/gallery"] == 12 and metrics["retrieval/queries"] == 12
+    rows = [row for row in page.splitlines() if row.startswith("|")]
+    empty = [row for row in rows if "| - |" in row]  # 12 people have not ten of each gender
+    assert all("10-way" in row for row in empty) and "not filled" not in page
+
+
+def test_report_says_what_it_cannot_fill(drawn, corpus, trained, tmp_path, capsys):
+    data = plain_corpus(tmp_path / "data", 4)
+    assert v.main(["gan-test", "--data", str(data), "--gan", str(drawn / "last.pt"),
+                   "--out", str(tmp_path / "out"), *REPORT]) == 0
+    page = (tmp_path / "out" / "report.md").read_text(encoding="utf8")
+    assert "no `--versus`: not filled" in page
+    assert "labels.csv has not two genders: not filled" in page
+    assert "Not filled: labels.csv does not have" in page and page.count("not tested |") == 4
+    assert v.main(["match-train", "--data", str(corpus), "--out", str(tmp_path / "m"), *TINY,
+                   "--seed", "5"]) == 0
+    assert v.main(["gan-train", "--data", str(corpus), "--match", str(tmp_path / "m" / "best.pt"),
+                   "--out", str(tmp_path / "g"), *TINY_GAN]) == 0
+    assert "other encoders" in refused(
+        capsys, "gan-test", "--data", data, "--gan", drawn / "last.pt",
+        "--versus", tmp_path / "g" / "last.pt", "--out", tmp_path / "out2")
+
+
 # ---- throughput ----------------------------------------------------------------------------------
 
 

@@ -6,7 +6,7 @@
 
 A reference implementation of "From Inference to Generation: End-to-end Fully Self-supervised
 Generation of Human Face from Speech" (Choi, Park, Lee; ICLR 2020) in one file: both stages (section
-3), the matching tests of section 4 (Tables 1 and 2) and its test of generated faces (QTA 2).
+3) and every figure and table of section 4.
 
 The idea   A speech encoder S reads the raw waveform, a face encoder F reads a picture, and both
            answer with a point of one space. Speech and face of one clip must agree better than
@@ -23,7 +23,8 @@ Map        1. Settings          the numbers a user may change, their meaning and
            4. Inference         SincConv, SpeechEncoder S, FaceEncoder F, the K-way loss (Eq. 1)
            5. Generation        AdaIN, Generator G, Discriminator D (Eq. 2, 3), losses (Eq. 4 to 6)
            6. Training          match-train, gan-train, checkpoints
-           7. Analyses          K-way tests and their ceiling (Tables 1, 2), QTA 2, pictures
+           7. Analyses          K-way tests and their ceiling (Tables 1, 2), QTA 1 to 3, pictures,
+                                what c and z control
            8. Command line
 
 Glossary   paper  here        shape          meaning
@@ -64,6 +65,7 @@ Sources    [paper §x]; [PASE] Pascual et al. 2019; [SincNet] Ravanelli and Beng
 Commands   python voice2face.py match-train        train S and F on a synthetic corpus unless --data
            python voice2face.py match-test         test a trained pair in both directions
            python voice2face.py gan-train          train G and D on a trained pair
+           python voice2face.py gan-test           write a report with all of section 4
            python voice2face.py generate A.wav     draw faces for a recording
            python voice2face.py make-data DIR      write the synthetic corpus
            python voice2face.py check-data DIR     read every file of a corpus, list what is wrong
@@ -224,6 +226,23 @@ class TestSettings:
     runs: int = setting(5, "runs, each with fresh negatives", "[paper §4]", low=1)
     batch: int = setting(32, "clips encoded at once", low=1)
     seed: int = setting(0, "seed of windows and negatives", low=0)
+    device: str = setting("auto", "cpu, cuda, cuda:1, ...; auto is cuda where there is one")
+    workers: int = setting(1, "loader processes; 0 loads in this process", low=0)
+
+
+@dataclass
+class ReportSettings:
+    """Settings of gan-test."""
+
+    data: str = setting(SYNTHETIC, "corpus folder: its split `test`, and `train` for the probe")
+    gan: str = setting("runs/gan/last.pt", "checkpoint of gan-train")
+    versus: str = setting("", "another one, on the same encoders, as one with --loss rel; or none")
+    out: str = setting("runs/gan/report", "folder for report.md, its pictures and metrics.json")
+    gallery: int = setting(5000, "most faces to retrieve from", "[paper §4]", low=2)
+    each: int = setting(1, "most of them of one person", low=1)
+    couples: int = setting(2000, "pairs of voices whose distances are compared", low=10)
+    runs: int = setting(5, "runs, each with fresh z and negatives", "[paper §4]", low=2)
+    seed: int = setting(0, "seed of windows, z and negatives", low=0)
     device: str = setting("auto", "cpu, cuda, cuda:1, ...; auto is cuda where there is one")
     workers: int = setting(1, "loader processes; 0 loads in this process", low=0)
 
@@ -571,9 +590,13 @@ def load_batches(pairs, batches, workers):
 
 def to_device(batch, device):
     """speech (B, T) and faces (B, 3, H, W) in [-1, 1] of a batch, on the device."""
-    speech = batch.speech.to(device, non_blocking=True)
-    faces = batch.faces.to(device, non_blocking=True).permute(0, 3, 1, 2)  # -> (B, 3, H, W)
-    return speech, faces.float() / 127.5 - 1
+    return batch.speech.to(device, non_blocking=True), to_pixels(batch.faces, device)
+
+
+def to_pixels(faces, device):
+    """Faces uint8 (B, H, W, 3) as (B, 3, H, W) in [-1, 1], on the device."""
+    faces = faces.to(device, non_blocking=True).permute(0, 3, 1, 2)  # -> (B, 3, H, W)
+    return faces.float() / 127.5 - 1
 
 
 class FaultCounter:
@@ -1795,7 +1818,7 @@ def embed_fakes(gan, c, seed):
     return torch.cat([gan.face_encoder(gan.generator(z, c)).cpu() for z, c in chunks])
 
 
-def evaluate_generator(gan, people, labels, runs, device, faults):
+def evaluate_generator(gan, people, labels, runs, device, faults, versus=None):
     """QTA 2 on a split, in percent: mean and /std over runs with fresh z, windows and negatives.
 
     preferred: F finds that the generated face fits the voice better than the true one; f-v/2: given
@@ -1813,6 +1836,11 @@ def evaluate_generator(gan, people, labels, runs, device, faults):
         logits = torch.stack([(c * fake).sum(1), (c * real).sum(1)], 1)  # (N, 2)
         genders = genders_of(labels, pairs, identity)
         row = {"preferred": 100 * top1(logits).mean().item()}
+        if versus:  # another generator on the same encoders, with the same z
+            other = embed_fakes(versus, c, seed)
+            for key, a, b in (("versus/preferred", other, real), ("versus/over", fake, other)):
+                logits = torch.stack([(c * a).sum(1), (c * b).sum(1)], 1)  # (N, 2)
+                row[key] = 100 * top1(logits).mean().item()
         row |= matching_run(c, fake, identity, genders, seed)
         row |= {f"real/{key}": value
                 for key, value in matching_run(c, real, identity, genders, seed).items()}
@@ -1902,6 +1930,544 @@ def encode_recording(gan, path, seed, device):
     raise UserError(f"{path}: silent, there is no voice to draw a face for")
 
 
+# ---- gan-test: the figures and tables of section 4 from one command ------------------------------
+
+RANKS, DISTANCES = (1, 2, 5, 10), ("L1", "L2", "cosine")  # [paper Table 3]
+PROBED = {**SHARED, "glasses": 2, "hair": len(HAIR), "skin": len(SKIN), "background": "hue",
+          "clothes": "hue", "light": "line", "tilt": "line"}  # what a face shows: levels or kind
+
+
+def draw_couples(identity, count, generator):
+    """Pairs of clips, (count, 2), whose people differ; identity (N,)."""
+    if len(identity.unique()) < 2:
+        raise UserError("a report needs clips of two people at least")
+    couples = torch.empty(0, 2, dtype=torch.long)
+    while len(couples) < count:
+        new = torch.randint(len(identity), (count, 2), generator=generator)
+        couples = torch.cat([couples, new[identity[new[:, 0]] != identity[new[:, 1]]]])
+    return couples[:count]
+
+
+def pearson(x, y, weight):
+    """Pearson's r of (n,) and (n,), each pair counted `weight` (n,) times."""
+    x, y = (v - (weight * v).sum() / weight.sum() for v in (x, y))
+    return ((weight * x * y).sum()
+            / ((weight * x * x).sum() * (weight * y * y).sum()).sqrt()).item()
+
+
+def correlation(x, y, people, draws=1000, seed=0):
+    """r of (n,) and (n,) and its 95 % interval; people (n, 2) are who each pair is of.
+
+    The bootstrap draws people, not pairs, for pairs that share a person are not independent.
+    """
+    generator, (_, people) = torch.Generator().manual_seed(seed), people.unique(return_inverse=True)
+    count, rs = int(people.max()) + 1, []
+    for _ in range(draws):
+        times = torch.randint(count, (count,), generator=generator).bincount(minlength=count)
+        rs.append(pearson(x, y, times[people].prod(1).double()))  # (n, 2) -> (n,)
+    return pearson(x, y, torch.ones(len(x)).double()), *np.nanquantile(rs, (0.025, 0.975)).tolist()
+
+
+def qta1(gan, c, identity, genders, count, seed):
+    """Cosine distances CD(c1, c2) and CD(F(G(z1, c1)), F(G(z2, c2))), (n,) each, of n couples.
+
+    Beside them their people (n, 2) and whether the couple is of one gender: 1, 0, or -1, unknown.
+    """
+    couples = draw_couples(identity, count, torch.Generator().manual_seed(seed))  # (n, 2)
+    first, second = c[couples[:, 0]], c[couples[:, 1]]  # (n, D)
+    fakes = embed_fakes(gan, first, seed + 1), embed_fakes(gan, second, seed + 2)
+    same = [-1 if not (genders[i] and genders[j]) else int(genders[i] == genders[j])
+            for i, j in couples.tolist()]
+    return (1 - F.cosine_similarity(first, second).double(),
+            1 - F.cosine_similarity(*fakes).double(), identity[couples], torch.tensor(same))
+
+
+def retrieve(queries, person, gallery, owner, distance, top=max(RANKS)):
+    """The `top` nearest of the gallery (G, D) for queries (Q, D), and which are of their person."""
+    nearest = []
+    for q in queries.split(256):
+        d = (1 - F.normalize(q) @ F.normalize(gallery).T if distance == "cosine"
+             else torch.cdist(q, gallery, p=1.0 if distance == "L1" else 2.0))  # (q, G)
+        nearest.append(d.topk(min(top, len(gallery)), largest=False).indices)
+    nearest = torch.cat(nearest)  # (Q, top)
+    return nearest, owner[nearest] == person[:, None]
+
+
+def recall(queries, person, gallery, owner, prefix):
+    """{prefix/distance/k: R@k in percent}: a face of the right person is among the k nearest."""
+    row = {}
+    for distance in DISTANCES:
+        found = retrieve(queries, person, gallery, owner, distance)[1]  # (Q, top)
+        row |= {f"{prefix}/{distance}/{k}": 100 * found[:, :k].any(1).float().mean().item()
+                for k in RANKS}
+    return row
+
+
+def recall_by_chance(person, owner, k):
+    """R@k in percent of a random order: one less the chance to miss all m faces of the speaker."""
+    k, faces = min(k, len(owner)), owner.bincount(minlength=int(person.max()) + 1)
+    counts = zip(*(x.tolist() for x in faces[person].unique(return_counts=True)))  # (m, queries)
+    misses = sum(n * math.comb(len(owner) - m, k) / math.comb(len(owner), k) for m, n in counts)
+    return 100 * (1 - misses / len(person))
+
+
+def list_faces(people, each, limit, seed):
+    """At most `each` faces a person and `limit` in all, drawn at random: [(person, path)]."""
+    faces, rng, everybody = [], np.random.default_rng(seed), list(people.values())
+    for i in rng.permutation(len(everybody)).tolist():
+        own = [f"{clip.folder}/{name}" for clip in everybody[i] for name in clip.faces]
+        faces += [(i, own[j]) for j in rng.permutation(len(own))[:each]]
+        if len(faces) >= limit:
+            break
+    return faces[:limit]
+
+
+def load_faces(paths, size):
+    """The readable ones of many faces, uint8 (N, H, W, 3), and their places in `paths` (N,)."""
+    faces, kept = [], []
+    for i, path in enumerate(paths):
+        try:
+            faces.append(load_face(path, size))
+            kept.append(i)
+        except ValueError as e:
+            print(f"left out: {e}", file=sys.stderr)
+    if not faces:
+        raise UserError(f"none of {len(paths)} faces could be read (run check-data)")
+    return torch.from_numpy(np.stack(faces)), torch.tensor(kept)
+
+
+def probe_targets(row):
+    """The factors of a row of labels.csv as E numbers: one-hot levels, a hue's angle, a line."""
+    target = []
+    for name, kind in PROBED.items():
+        x = float(row[name])
+        if kind == "hue":
+            target += [math.sqrt(2) * math.cos(2 * math.pi * x),
+                       math.sqrt(2) * math.sin(2 * math.pi * x)]
+        elif kind == "line":
+            target.append(math.sqrt(3) * x / (12 if name == "tilt" else 1))  # variance 1
+        else:
+            target += [float(level == int(x)) for level in range(kind)]
+    return target
+
+
+def probe_columns():
+    """{factor: slice of its numbers in probe_targets}."""
+    columns, start = {}, 0
+    for name, kind in PROBED.items():
+        width = {"hue": 2, "line": 1}.get(kind, kind)
+        columns[name] = slice(start, start + width)
+        start += width
+    return columns
+
+
+def train_probe(faces, targets, size, width, device, steps=500, batch=64):
+    """A network that reads all factors from faces uint8 (N, H, W, 3), learned from targets (N, E).
+
+    It is the body of F with fresh weights and one more linear map: an instrument to look at
+    generated faces with, the only thing here that ever sees a label in training.
+    """
+    torch.manual_seed(0)
+    probe = FaceEncoder(size, width).to(device, memory_format=torch.channels_last)
+    probe.head = nn.Linear(probe.head.in_features, targets.shape[1]).to(device)
+    nn.init.normal_(probe.head.weight, std=1e-3)  # the features, being sums, are large
+    optimizer = torch.optim.Adam(probe.parameters(), 2e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps)
+    for step in range(steps):
+        rows = torch.randint(len(faces), (batch,))
+        out, loss = probe.head(probe.features(to_pixels(faces[rows], device))), 0.0
+        for name, cols in probe_columns().items():
+            goal = targets[rows][:, cols].to(device)
+            loss = loss + (F.mse_loss(out[:, cols], goal) if isinstance(PROBED[name], str)
+                           else F.cross_entropy(out[:, cols], goal))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return probe.eval()
+
+
+@torch.no_grad()
+def read_factors(probe, faces):
+    """What the probe reads from faces (N, 3, H, W), (N, E): a level as its log-odds.
+
+    Probabilities would jump between levels and make an interaction of two causes that add up.
+    """
+    out = torch.cat([probe.head(probe.features(f)).cpu() for f in faces.split(64)])
+    for name, cols in probe_columns().items():
+        if not isinstance(PROBED[name], str):
+            out[:, cols] -= out[:, cols].mean(1, keepdim=True)
+    return out
+
+
+def variance_shares(read):
+    """(share due to c, share due to z, share due to both) of what was read, (V voices, Z, E).
+
+    Two-way analysis of variance: the means over z vary by c alone, those over c by z alone.
+    """
+    total = read.var((0, 1), correction=0).sum()
+    c = read.mean(1).var(0, correction=0).sum() / total
+    z = read.mean(0).var(0, correction=0).sum() / total
+    return c.item(), z.item(), (1 - c - z).item()
+
+
+def draw_scatter(path, panels, across, up, side=300):
+    """Panels (title, x, y) side by side, points within axes from 0 to the largest value of all."""
+    font, left, top, foot = ImageFont.load_default(13), 46, 62, 52
+    limit = max(0.2, math.ceil(5 * max(v.max().item() for _, *xy in panels for v in xy)) / 5)
+    ticks = np.arange(0, limit + 1e-6, 0.2 if limit <= 1.2 else 0.5)
+    width, height = left + side + 24, top + side + foot
+    picture = Image.new("RGB", (width * len(panels), height), "white")
+    draw = ImageDraw.Draw(picture)
+    for i, (title, xs, ys) in enumerate(panels):
+        def place(x, y, x0=i * width + left):
+            return x0 + side * x / limit, top + side * (1 - y / limit)
+
+        for x, y in zip(xs.tolist(), ys.tolist()):
+            x, y = place(x, y)
+            draw.ellipse((x - 1.5, y - 1.5, x + 1.5, y + 1.5), (70, 110, 170))
+        draw.rectangle((*place(0, limit), *place(limit, 0)), outline="black")
+        for tick in ticks:
+            (x, y), (x0, y0) = place(tick, 0), place(0, tick)
+            draw.line((x, y, x, y + 5), "black"), draw.line((x0 - 5, y0, x0, y0), "black")
+            draw.text((x, y + 8), f"{tick:.1f}", "black", font, anchor="ma")
+            draw.text((x0 - 8, y0), f"{tick:.1f}", "black", font, anchor="rm")
+        draw.text((i * width + left, 10), title, "black", font)
+        draw.text((i * width + 8, top - 24), up, (90, 90, 90), font)
+        draw.text((i * width + left + side / 2, top + side + 28), across, (90, 90, 90), font,
+                  anchor="ma")
+    picture.save(path)
+
+
+def between(a, b, steps):
+    """Points on the line from a to b, (D,), both ends included: (steps, D)."""
+    return torch.lerp(a[None], b[None], torch.linspace(0, 1, steps)[:, None])
+
+
+def draw_report(gan, c, faces, first, out, seed, rows=4, columns=7):
+    """Figures 2 to 4: voices by z, between two voices, between two z; c (N, D).
+
+    faces uint8 (G, H, W, 3) are true ones, first (N,) says which of them shows a voice's speaker.
+    """
+    def true(i):
+        return to_pixels(faces[first[i]][None], "cpu")  # (1, 3, H, W)
+
+    z = torch.randn(max(columns, rows + 1), EMBED, generator=torch.Generator().manual_seed(seed))
+    chosen = torch.arange(len(c))[::max(1, len(c) // (2 * rows))][:2 * rows].tolist()
+    couples = list(zip(chosen[::2], chosen[1::2]))
+    shares = [f"{100 * t:.0f} %" for t in np.linspace(0, 1, columns)]
+    grid = [torch.cat([true(i), draw_fakes(gan, c[i].expand(columns, -1), z[:columns])])
+            for i in chosen]  # rows of (1 + columns, 3, H, W)
+    draw_grid(out / "grid.png", grid, [f"voice {i}" for i in chosen],
+              ["true face", *(f"z {i + 1}" for i in range(columns))])
+    grid = [torch.cat([true(i), draw_fakes(gan, between(c[i], c[j], columns),
+                                           z[:1].expand(columns, -1)), true(j)])
+            for i, j in couples]
+    draw_grid(out / "between_voices.png", grid, [f"voice {i} to voice {j}" for i, j in couples],
+              ["true face", *shares, "true face"])
+    grid = [torch.cat([true(i), draw_fakes(gan, c[i].expand(columns, -1),
+                                           between(z[k], z[k + 1], columns))])
+            for k, (i, _) in enumerate(couples)]
+    draw_grid(out / "between_z.png", grid,
+              [f"voice {i}, z {k + 1} to z {k + 2}" for k, (i, _) in enumerate(couples)],
+              ["true face", *shares])
+
+
+def draw_retrieval(gan, c, person, faces, first, gallery, owner, out, seed, rows=6, top=5):
+    """Figure 6: true face, generated one, the `top` nearest true ones by cosine distance."""
+    some = torch.arange(len(c))[::max(1, len(c) // rows)][:rows]
+    drawn = draw_fakes(gan, c[some], torch.randn(
+        len(some), EMBED, generator=torch.Generator().manual_seed(seed)))  # (rows, 3, H, W)
+    device = next(gan.face_encoder.parameters()).device
+    with torch.no_grad():
+        queries = gan.face_encoder(drawn.to(device)).cpu()  # (rows, D)
+    nearest, right = retrieve(queries, person[some], gallery, owner, "cosine", top)
+    hits = [[str(k) for k, hit in enumerate(row, 1) if hit] for row in right.tolist()]
+    grid = [torch.cat([to_pixels(faces[first[i]][None], "cpu"), face[None],
+                       to_pixels(faces[found], "cpu")])
+            for i, face, found in zip(some, drawn, nearest)]  # rows of (2 + top, 3, H, W)
+    draw_grid(out / "retrieval.png", grid,
+              [f"voice {i}, the speaker is found at: {', '.join(hit) or 'none'}"
+               for i, hit in zip(some.tolist(), hits)],
+              ["true face", "generated", *(f"nearest {k + 1}" for k in range(top))])
+
+
+def draw_ideal(voices, noises, size, seed):
+    """Faces uint8 (V, Z, H, W, 3) as a perfect generator would draw them.
+
+    The corpus's own program draws them: the shared factors by row, all others by column.
+    """
+    rng = np.random.default_rng(seed)
+    rows, columns = ([draw_factors(rng) for _ in range(n)] for n in (voices, noises))
+    faces = [[synth_faces(z | {name: c[name] for name in SHARED}, [rng.uniform()])[0]
+              for z in columns] for c in rows]
+    return torch.from_numpy(np.array([[np.asarray(face.resize((size, size))) for face in row]
+                                      for row in faces]))
+
+
+def control_table(gan, c, corpus, labels, device, voices=48, noises=16):
+    """{control/factor/...: percent}: the probe's skill on unseen true faces; the shares of c, z and
+    both; as ideal, the share of the right one of c and z in a perfect generator's faces; as spread,
+    the variance of the generated faces, of that of the perfect generator's.
+    """
+    loaded = {}
+    for split in ("train", "test"):
+        people, names = corpus[split], list(corpus[split])
+        listed = list_faces(people, FRAMES, 5000, gan.cfg.seed)
+        faces, kept = load_faces([path for _, path in listed], gan.match.size)
+        loaded[split] = faces, torch.tensor([probe_targets(labels[names[listed[i][0]]])
+                                             for i in kept])
+    probe = train_probe(*loaded["train"], gan.match.size, gan.match.face_width, device)
+    real, truth = loaded["test"]
+    read = torch.cat([read_factors(probe, to_pixels(f, device)) for f in real.split(64)])  # (N, E)
+    c = c[torch.linspace(0, len(c) - 1, min(voices, len(c))).long()]  # (V, D)
+    z = torch.randn(noises, EMBED, generator=torch.Generator().manual_seed(gan.cfg.seed))  # (Z, D)
+    drawn = torch.stack([read_factors(probe, draw_fakes(gan, one.expand(noises, -1), z).to(device))
+                         for one in c])  # (V, Z, E)
+    ideal = torch.stack([read_factors(probe, to_pixels(faces, device)) for faces in
+                         draw_ideal(len(c), noises, gan.match.size, gan.cfg.seed)])  # (V, Z, E)
+    metrics = {}
+    for name, cols in probe_columns().items():
+        shares = variance_shares(ideal[..., cols])
+        metrics[f"control/{name}/ideal"] = round(100 * shares[0 if name in SHARED else 1], 1)
+        spread, full = (x[..., cols].var((0, 1)).sum() for x in (drawn, ideal))
+        if not spread > 0:
+            continue  # the generator draws one face only
+        metrics[f"control/{name}/spread"] = round(100 * (spread / full).item(), 1)
+        if isinstance(PROBED[name], str):
+            error = (read[:, cols] - truth[:, cols]).square().mean() / truth[:, cols].var(0).mean()
+            skill = 100 * (1 - error)  # R^2
+        else:
+            skill = 100 * (read[:, cols].argmax(1) == truth[:, cols].argmax(1)).float().mean()
+        metrics[f"control/{name}/probe"] = round(skill.item(), 1)
+        for key, share in zip(("c", "z", "both"), variance_shares(drawn[..., cols])):
+            metrics[f"control/{name}/{key}"] = round(100 * share, 1)
+    return metrics
+
+
+def gan_test(args):
+    """Write OUT/report.md with every figure and number of section 4, its pictures, metrics.json."""
+    device, out = pick_device(args.device), make_folder(args.out)
+    gan = load_gan(args.gan, device)
+    versus = load_gan(args.versus, device) if args.versus else None
+    if versus and not torch.equal(versus.face_encoder.head.weight, gan.face_encoder.head.weight):
+        raise UserError(f"--versus {args.versus}: was trained on other encoders than {args.gan}")
+    gan = gan._replace(cfg=replace(gan.cfg, seed=args.seed, workers=args.workers))
+    labels = read_labels(args.data)
+    known = any(set(PROBED) <= set(row) for row in labels.values())
+    corpus = open_corpus(args.data, 2, ("train", "test") if known else ("test",))
+    try:
+        [probe_targets(labels[name]) for people in corpus.values() for name in people]
+    except (KeyError, ValueError, TypeError):  # somebody's factors are missing
+        known = False
+    people, faults = corpus["test"], FaultCounter()
+    metrics = evaluate_generator(gan, people, labels, args.runs, device, faults, versus)
+
+    pairs = Pairs(people, gan.match.seconds, gan.match.size, gan.cfg.batch, args.seed, False)
+    encoders = gan.speech_encoder, gan.face_encoder
+    c, _, identity = embed_pairs(encoders, pairs, device, args.workers, faults)
+    genders = genders_of(labels, pairs, identity)
+    cd_c, cd_f, couple, same = qta1(gan, c, identity, genders, args.couples, args.seed)
+    r, low, high = correlation(cd_c, cd_f, couple)
+    if math.isfinite(r):  # not with two people: all distances are the same
+        metrics |= {"qta1/r": r, "qta1/r/low": low, "qta1/r/high": high}
+    panels = [("all couples", cd_c, cd_f)]
+    for key, wanted, title in (("different", 0, "different gender"), ("same", 1, "same gender")):
+        if (rows := same == wanted).any():
+            panels.append((title, cd_c[rows], cd_f[rows]))
+            metrics |= {f"qta1/{key}/c": cd_c[rows].mean().item(),
+                        f"qta1/{key}/face": cd_f[rows].mean().item()}
+    draw_scatter(out / "distances.png", panels, "CD(c1, c2)", "CD(F(G(z1, c1)), F(G(z2, c2)))")
+
+    listed = list_faces(people, args.each, args.gallery, args.seed)
+    faces, kept = load_faces([path for _, path in listed], gan.match.size)
+    owner = torch.tensor([listed[i][0] for i in kept])  # (G,), the person of each gallery face
+    with torch.no_grad():
+        gallery = torch.cat([gan.face_encoder(to_pixels(f, device)).cpu() for f in faces.split(64)])
+    asked = torch.isin(identity, owner)  # voices whose speaker is in the gallery
+    c, identity = c[asked], identity[asked]
+    if len(identity.unique()) < 2:
+        raise UserError(f"--gallery {args.gallery} --each {args.each}: leaves faces of one person")
+    for prefix, generator in (("", gan), ("versus/", versus))[:2 if versus else 1]:
+        queries = [embed_fakes(generator, c, args.seed + run) for run in range(args.runs)]
+        metrics |= mean_and_std([recall(q, identity, gallery, owner, prefix + "retrieval")
+                                 for q in queries])
+    metrics |= {f"chance/retrieval/{k}": recall_by_chance(identity, owner, k) for k in RANKS}
+    metrics |= {"retrieval/gallery": len(owner), "retrieval/queries": len(c),
+                "retrieval/each": args.each}
+
+    face_of = {person: i for i, person in enumerate(owner.tolist())}
+    first = torch.tensor([face_of[person] for person in identity.tolist()])  # (N,)
+    draw_report(gan, c, faces, first, out, args.seed)
+    draw_retrieval(gan, c, identity, faces, first, gallery, owner, out, args.seed)
+    if known:
+        metrics |= control_table(gan, c, corpus, labels, device)
+    metrics = {key: round(value, 3) for key, value in metrics.items()}
+    write_json(out / "metrics.json", metrics)
+    page = report_page(metrics, args, gan, versus)
+    (out / "report.md").write_text(page, encoding="utf8")
+    print(f"{out / 'report.md'}: written")
+
+
+def claims(m, losses):
+    """[(claim of the paper, what was found, whether it held)] by metrics m; losses of both runs.
+
+    "More" is a difference of means above the sum of both deviations.
+    """
+    def more(a, b):
+        return m[a] - m.get(f"{a}/std", 0) > (m[b] + m.get(f"{b}/std", 0) if b in m else b)
+
+    tests = {f"real/{d}/{k}": 100 / k for d in ("v-f", "f-v") for k in TEST_KS
+             if k == 2 or f"real/{d}/{k}" in m}
+    by_c = [f"control/{name}/c" for name in ("gender", "age", "tract", "build")]
+    by_z = [f"control/{name}/z" for name in ("background", "hair", "tilt", "glasses")]
+    versus = ["preferred", "versus/preferred", "versus/over", "retrieval/cosine/5",
+              "versus/retrieval/cosine/5"]
+    rows = [
+        ("Unseen people are matched above chance, in both directions after training one",
+         list(tests), lambda: all(more(test, chance) for test, chance in tests.items())),
+        ("Voices of one gender have closer conditions, and closer faces are drawn for them",
+         ["qta1/different/c", "qta1/same/c", "qta1/different/face", "qta1/same/face"],
+         lambda: more("qta1/different/c", "qta1/same/c")
+         and more("qta1/different/face", "qta1/same/face")),
+        ("Like voices get like faces: r > 0", ["qta1/r", "qta1/r/low"],
+         lambda: m["qta1/r/low"] > 0),
+        ("F prefers the generated face to the true one", ["preferred"],
+         lambda: more("preferred", 50)),
+        ("Generated faces tell their voice better than true ones", ["f-v/2", "real/f-v/2"],
+         lambda: more("f-v/2", "real/f-v/2")),
+        ("Eq. 5 serves better than Eq. 4: in preference, head to head, in retrieval",
+         versus + ([] if losses == ("relid", "rel") else ["a run by relid and --versus by rel"]),
+         lambda: more(versus[0], versus[1]) and more(versus[2], 50) and more(versus[3], versus[4])),
+        ("c moves gender, age and shape: 80 % of the variance", by_c,
+         lambda: all(m[key] >= 80 for key in by_c)),
+        ("z moves background, hair, tilt and glasses: 80 % of the variance", by_z,
+         lambda: all(m[key] >= 80 for key in by_z))]
+    return [(claim, ", ".join(f"{key} {m[key]:.4g}" for key in keys if key in m) or "-",
+             ("yes" if holds() else "no") if all(key in m for key in keys) else "not tested")
+            for claim, keys, holds in rows]
+
+
+def report_page(metrics, args, gan, versus):
+    """The report as Markdown: each figure and number of section 4 beside the paper's."""
+    def cell(key, unit=" %"):
+        if key not in metrics:
+            return "-"
+        spread = f" ± {metrics[key + '/std']:.1f}" if key + "/std" in metrics else ""
+        return f"{metrics[key]:.{1 if unit else 3}f}{spread}{unit}"
+
+    def table(head, *rows):
+        return "\n".join("| " + " | ".join(map(str, row)) + " |"
+                         for row in (head, ["---"] * len(head), *rows))
+
+    other = (f"`{args.versus}`, `--loss {versus.cfg.loss}`, {versus.cfg.steps} steps"
+             if versus else "none was given (`--versus`)")
+    tests = [f"{d}/{k}" for d in ("v-f", "f-v") for k in TEST_KS]
+    no_gender = ("" if {"qta1/same/c", "qta1/different/c"} <= set(metrics)
+                 else " (labels.csv has not two genders: not filled)")
+    no_versus = "" if versus else " (no `--versus`: not filled)"
+    control = table(
+        ["Factor", "right on true faces", "due to c", "due to z", "due to both",
+         "perfect generator", "variance"],
+        *([name, cell(f"control/{name}/probe"), *(cell(f"control/{name}/{k}")
+                                                  for k in ("c", "z", "both")),
+           cell(f"control/{name}/ideal") + (" c" if name in SHARED else " z"),
+           cell(f"control/{name}/spread")]
+          for name in PROBED)) if "control/age/c" in metrics else (
+        "Not filled: labels.csv does not have the factors of the synthetic corpus.")
+    return f"""# Report on {args.gan}
+
+Generator: `--loss {gan.cfg.loss}`, {gan.cfg.steps} steps; encoders: trained {gan.match.direction},
+K = {gan.match.k}. Compared with: {other}. People of `{args.data}/test`, none of whom
+was trained on. Distances and matching use the inference stage's F. ± is the deviation over
+{args.runs} runs with fresh windows, frames, z and negatives (in retrieval: fresh z). The paper's
+numbers are of AVSpeech or VoxCeleb: another corpus, not comparable. A cell with "-" lacks people
+for its K.
+
+## Tables 1 and 2: matching, of true and of generated faces
+
+Given a voice, pick its face among K (V-F), or the reverse. Same gender: so are the wrong answers.
+
+{table(["Test", "true faces", "same gender", "generated", "same gender", "chance", "paper"],
+       *([f"{t.upper().replace('/', ' ')}-way", cell("real/" + t), cell(f"real/{t}/gender"),
+          cell(t), cell(t + "/gender"), f"{100 / int(t.split('/')[1]):.0f} %",
+          "88.47 % true, 95.14 % generated" if t == "f-v/2" else ""] for t in tests))}
+
+## QTA 2: which face fits the voice better, by F
+
+Faces as good as their rival would be preferred in 50 %. F is the judge, and what it does not see
+does not count; the paper adds that true faces are more varied than generated ones.
+
+{table(["Preferred", "here", "paper"],
+       ["this face to the true one", cell("preferred"), "76.65 % (relid)"],
+       ["--versus's to the true one" + no_versus, cell("versus/preferred"), "47.2 % (rel)"],
+       ["this face to --versus's" + no_versus, cell("versus/over"), "79.68 %"])}
+
+## Figure 2: voices by z
+
+Rows: voices, beside the speaker's true face; columns: the same z for all.
+
+![grid](grid.png)
+
+## Figure 3: between two voices, z fixed
+
+From the condition of one voice to that of another in a straight line, with one z.
+
+![between two voices](between_voices.png)
+
+## Figure 4: between two z, voice fixed
+
+From one z to another in a straight line, with the condition of one voice.
+
+![between two z](between_z.png)
+
+## Figure 5: do like voices get like faces?
+
+The cosine distance CD of two voices' conditions, against that of the faces drawn for them, each
+with its own z. Pearson's r = {cell("qta1/r", "")}, 95 % interval {cell("qta1/r/low", "")} to
+{cell("qta1/r/high", "")} (bootstrap over people).
+
+![distances](distances.png)
+
+{table(["Mean CD" + no_gender, "different gender", "same gender", "paper"],
+       ["of conditions", cell("qta1/different/c", ""), cell("qta1/same/c", ""), "0.46 -> 0.28"],
+       ["of generated faces", cell("qta1/different/face", ""), cell("qta1/same/face", ""),
+        "0.27 -> 0.15"])}
+
+## Table 3 and Figure 6: retrieval
+
+A generated face looks for its speaker among {metrics["retrieval/gallery"]:.0f} true faces, at most
+{args.each} a person (5,000 in the paper; how many a person it
+does not say, and the numbers of its Table 3 are not in our text). R@k: a face of the
+speaker is among the k nearest. All embeddings have one length: L2 and cosine order alike.
+
+{table(["", *(f"R@{k}" for k in RANKS)],
+       *([f"{name}, {d}", *(cell(f"{prefix}retrieval/{d}/{k}") for k in RANKS)]
+         for prefix, name in (("", "this generator"), ("versus/", "--versus" + no_versus))
+         for d in DISTANCES),
+       ["chance", *(cell(f"chance/retrieval/{k}") for k in RANKS)])}
+
+![retrieval](retrieval.png)
+
+## What c and z control
+
+A network that learned to read each factor from true faces (right on unseen ones: the share of
+levels, or R² of hues and lines) reads generated ones, over a grid of voices and z. Of the variance
+of what it reads, as log-odds: the share that voices make alone, z alone, and only both together.
+Perfect generator: the largest of these where the corpus's own program draws the grid; variance: all
+of what is read here, in percent of that.
+
+{control}
+
+## The paper's claims on this corpus
+
+By these generators, one training seed each; "better" is a difference of means above the sum of both
+deviations. Numbers by their names in metrics.json.
+
+{table(["Claim", "Found", "Held"], *claims(metrics, (gan.cfg.loss, versus and versus.cfg.loss)))}
+"""
+
+
 # ==================================================================================================
 # 8. Command line
 # ==================================================================================================
@@ -1909,6 +2475,7 @@ def encode_recording(gan, path, seed, device):
 COMMANDS = {"match-train": (MatchSettings, "train the speech and the face encoder"),
             "match-test": (TestSettings, "test a trained pair in both directions"),
             "gan-train": (GanSettings, "train a generator on a trained pair of encoders"),
+            "gan-test": (ReportSettings, "write a report with section 4's figures and numbers"),
             "generate": (GenerateSettings, "draw faces for recordings"),
             "make-data": (MakeSettings, "write the synthetic corpus to DIR"),
             "check-data": (CheckSettings,
@@ -1983,6 +2550,8 @@ def main(argv=None):
             match_test(cfg)
         elif command == "gan-train":
             gan_train(cfg)
+        elif command == "gan-test":
+            gan_test(cfg)
         elif command == "generate":
             generate(cfg, speech)
         elif command == "make-data":
