@@ -1454,6 +1454,28 @@ def test_reports_need_two_people(drawn, tmp_path, capsys):
         capsys, *argv, "--gallery", "2", "--each", "4")
 
 
+def test_every_setting_of_gan_test_matters(drawn, trained, tmp_path, capsys):
+    data = plain_corpus(tmp_path / "data", 4)
+    for person in range(4):
+        for i in range(3):
+            write_face(data / "test" / f"test{person}" / "a b" / f"{i}.png",
+                       (60 * i, 0, 50 * person))
+
+    def metrics(*more):
+        assert v.main(["gan-test", "--data", str(data), "--gan", str(drawn / "last.pt"), "--out",
+                       str(tmp_path / "o"), *REPORT, *more]) == 0
+        return json.loads((tmp_path / "o" / "metrics.json").read_text())
+
+    base = metrics()
+    assert metrics() == base and metrics("--workers", "1") == base
+    for more in (("--gallery", "3"), ("--each", "3"), ("--couples", "70"), ("--runs", "3"),
+                 ("--seed", "1"), ("--versus", str(drawn / "last.pt"))):
+        assert metrics(*more) != base, more
+    for name in ("gan", "versus", "data", "device"):
+        assert "nowhere" in refused(capsys, "gan-test", "--data", data, "--gan", drawn / "last.pt",
+                                    "--out", tmp_path / "o", *REPORT, f"--{name}", "nowhere")
+
+
 def test_ideal_faces_have_their_factors_where_they_belong(monkeypatch):
     faces = v.draw_ideal(3, 4, 32, 0)
     assert faces.shape == (3, 4, 32, 32, 3) and faces.dtype == torch.uint8
