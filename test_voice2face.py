@@ -1344,6 +1344,15 @@ def test_intervals_over_people_are_wider_where_people_repeat():
     assert high - low > 5 * 2 * 1.96 * (1 - r * r) / math.sqrt(3000)  # as if pairs were independent
 
 
+def test_the_bootstrap_draws_people(monkeypatch):
+    seen = []
+    monkeypatch.setattr(v, "pearson", lambda x, y, weight: seen.append(
+        tuple(sorted(weight.int().tolist()))) or 0.0)
+    v.correlation(torch.rand(3), torch.rand(3), torch.tensor([[4, 7], [4, 9], [7, 9]]), 200)
+    # three people once each; one twice, another once; one three times and so no couple
+    assert set(seen) == {(1, 1, 1), (0, 0, 2), (0, 0, 0)}
+
+
 def test_retrieval_of_planted_generators_and_brute_force():
     torch.manual_seed(0)
     gallery, owner = torch.randn(60, 8), torch.arange(60) // 3  # 20 people, 3 faces each

@@ -6,7 +6,7 @@
 
 A reference implementation of "From Inference to Generation: End-to-end Fully Self-supervised
 Generation of Human Face from Speech" (Choi, Park, Lee; ICLR 2020) in one file: both stages (section
-3) and every figure and table of section 4.
+3) and the figures and tables of section 4.
 
 The idea   A speech encoder S reads the raw waveform, a face encoder F reads a picture, and both
            answer with a point of one space. Speech and face of one clip must agree better than
@@ -40,7 +40,8 @@ Glossary   paper  here        shape          meaning
            phi    phi(faces)  (B, D)         face embeddings by the copy of F inside D
            psi    psi         (B,)           what D thinks of a face whatever the voice
            One letter per dimension: B clips, K candidates, T samples, L frames, C channels, N taps
-           of a filter, H W pixels, D = 128 embedding; in section 7 N clips, P people.
+           of a filter, H W pixels, D = 128 embedding; in section 7 N clips, P people, Q queries, G
+           gallery faces, V voices, Z noises, E numbers that describe a face's factors.
            In code F is torch.nn.functional.
 
 Sources    [paper §x]; [PASE] Pascual et al. 2019; [SincNet] Ravanelli and Bengio 2018; [SNGAN]
@@ -236,10 +237,10 @@ class ReportSettings:
 
     data: str = setting(SYNTHETIC, "corpus folder: its split `test`, and `train` for the probe")
     gan: str = setting("runs/gan/last.pt", "checkpoint of gan-train")
-    versus: str = setting("", "another one, on the same encoders, as one with --loss rel; or none")
+    versus: str = setting("", "checkpoint of a second one on the same encoders, as by --loss rel")
     out: str = setting("runs/gan/report", "folder for report.md, its pictures and metrics.json")
-    gallery: int = setting(5000, "most faces to retrieve from", "[paper §4]", low=2)
-    each: int = setting(1, "most of them of one person", low=1)
+    gallery: int = setting(5000, "maximum number of faces to retrieve from", "[paper §4]", low=2)
+    each: int = setting(1, "maximum number of them of one person", low=1)
     couples: int = setting(2000, "pairs of voices whose distances are compared", low=10)
     runs: int = setting(5, "runs, each with fresh z and negatives", "[paper §4]", low=2)
     seed: int = setting(0, "seed of windows, z and negatives", low=0)
@@ -1158,9 +1159,9 @@ class Generator(nn.Module):
     layer [paper §3.2]. Its style is [z, c], too: with c alone only c could set a colour, for AdaIN
     wipes out the mean of what comes from below [ours]. In [SNGAN] width is 64, size 128.
 
-    c_length: the length of c as G reads it. z has variance 1 in each of its 128 directions; c
-    varies in the few that speech and face share, here about four. At z's length each of those had
-    some 25 times the variance of one of z, and G drew even the background from c [ours].
+    c_length: the length of c as G reads it. z has variance 1 in each of its 128 directions; c has
+    80 % of its variance in the few that speech and face share, here four. At z's length each of
+    those had 25 times the variance of one of z, and G drew even the background from c [ours].
     Raises ValueError unless size is a power of two from 8 on.
     """
 
@@ -1458,8 +1459,8 @@ def load_gan(path, device):
     """The Gan of a checkpoint of gan-train; raises UserError where it is none."""
     def build(state):
         match = MatchSettings(**state["match"])
-        gan = make_gan(GanSettings(**state["settings"]), match, make_encoders(match, device),
-                       device)
+        cfg = GanSettings(**state["settings"] | {"steps": state["step"]})  # those it has had
+        gan = make_gan(cfg, match, make_encoders(match, device), device)
         for name, module in zip(Gan._fields[2:], gan[2:]):
             module.load_state_dict(state[name])
         return gan
@@ -1983,7 +1984,9 @@ def qta1(gan, c, identity, genders, count, seed):
 
 
 def retrieve(queries, person, gallery, owner, distance, top=max(RANKS)):
-    """The `top` nearest of the gallery (G, D) for queries (Q, D), and which are of their person."""
+    """The `top` nearest of the gallery (G, D) to queries (Q, D), (Q, top), and which are of their
+    person, (Q, top); person (Q,), owner (G,).
+    """
     nearest = []
     for q in queries.split(256):
         d = (1 - F.normalize(q) @ F.normalize(gallery).T if distance == "cosine"
@@ -2064,8 +2067,8 @@ def probe_columns():
 def train_probe(faces, targets, size, width, device, steps=500, batch=64):
     """A network that reads all factors from faces uint8 (N, H, W, 3), learned from targets (N, E).
 
-    It is the body of F with fresh weights and one more linear map: an instrument to look at
-    generated faces with, the only thing here that ever sees a label in training.
+    It is F with fresh weights and another head: an instrument to look at generated faces with, the
+    only thing here that ever sees a label in training.
     """
     torch.manual_seed(0)
     probe = FaceEncoder(size, width).to(device, memory_format=torch.channels_last)
@@ -2089,7 +2092,7 @@ def train_probe(faces, targets, size, width, device, steps=500, batch=64):
 
 @torch.no_grad()
 def read_factors(probe, faces):
-    """What the probe reads from faces (N, 3, H, W), (N, E): a level as its log-odds.
+    """What the probe reads from faces (N, 3, H, W), (N, E): of a level its logit, centred.
 
     Probabilities would jump between levels and make an interaction of two causes that add up.
     """
@@ -2195,7 +2198,8 @@ def draw_retrieval(gan, c, person, faces, first, gallery, owner, out, seed, rows
 def draw_ideal(voices, noises, size, seed):
     """Faces uint8 (V, Z, H, W, 3) as a perfect generator would draw them.
 
-    The corpus's own program draws them: the shared factors by row, all others by column.
+    The corpus's own program draws them: shared factors by row, all others by column, and how far
+    the mouth is open at random.
     """
     rng = np.random.default_rng(seed)
     rows, columns = ([draw_factors(rng) for _ in range(n)] for n in (voices, noises))
@@ -2382,7 +2386,7 @@ K = {gan.match.k}. Compared with: {other}. People of `{args.data}/test`, none of
 was trained on. Distances and matching use the inference stage's F. ± is the deviation over
 {args.runs} runs with fresh windows, frames, z and negatives (in retrieval: fresh z). The paper's
 numbers are of AVSpeech or VoxCeleb: another corpus, not comparable. A cell with "-" lacks people
-for its K.
+for its K, or what is named beside it.
 
 ## Tables 1 and 2: matching, of true and of generated faces
 
@@ -2411,13 +2415,13 @@ Rows: voices, beside the speaker's true face; columns: the same z for all.
 
 ## Figure 3: between two voices, z fixed
 
-From the condition of one voice to that of another in a straight line, with one z.
+From the condition of one voice to that of another, linearly, with one z.
 
 ![between two voices](between_voices.png)
 
 ## Figure 4: between two z, voice fixed
 
-From one z to another in a straight line, with the condition of one voice.
+From one z to another, linearly, with the condition of one voice.
 
 ![between two z](between_z.png)
 
@@ -2453,16 +2457,16 @@ speaker is among the k nearest. All embeddings have one length: L2 and cosine or
 
 A network that learned to read each factor from true faces (right on unseen ones: the share of
 levels, or R² of hues and lines) reads generated ones, over a grid of voices and z. Of the variance
-of what it reads, as log-odds: the share that voices make alone, z alone, and only both together.
-Perfect generator: the largest of these where the corpus's own program draws the grid; variance: all
-of what is read here, in percent of that.
+of what it reads (of levels: logits), the share that voices make alone, z alone, and only both
+together. Perfect generator: the share of c or z where the corpus's own program draws the grid;
+variance: the total here, in percent of that program's.
 
 {control}
 
 ## The paper's claims on this corpus
 
-By these generators, one training seed each; "better" is a difference of means above the sum of both
-deviations. Numbers by their names in metrics.json.
+By these generators, one training seed each. "More" and "better": a difference of means above the
+sum of their deviations, where there are such. Numbers by their names in metrics.json.
 
 {table(["Claim", "Found", "Held"], *claims(metrics, (gan.cfg.loss, versus and versus.cfg.loss)))}
 """
