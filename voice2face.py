@@ -1149,6 +1149,7 @@ class UpBlock(nn.Module):
 
     @staticmethod
     def up(x):
+        """(B, C, H, W) -> (B, C, 2H, 2W)."""
         return F.interpolate(x, scale_factor=2, mode="bilinear")
 
 
