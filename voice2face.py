@@ -1589,8 +1589,8 @@ def gan_train(cfg):
     torch.manual_seed(cfg.seed)
     rng, noise = (torch.Generator(d).manual_seed(cfg.seed) for d in ("cpu", device))
     gan = make_gan(cfg, match, encoders, device)
-    generator, discriminator = copy.deepcopy(gan.generator), Discriminator(gan.face_encoder,
-                                                                           cfg.weight).to(device)
+    generator = copy.deepcopy(gan.generator)
+    discriminator = Discriminator(gan.face_encoder, cfg.weight).to(device)
     betas = (cfg.beta1, cfg.beta2)
     g_optimizer = torch.optim.Adam(generator.parameters(), cfg.lr, betas)  # [paper §4]
     d_optimizer = torch.optim.Adam(discriminator.parameters(), cfg.d_lr, betas)
