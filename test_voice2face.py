@@ -1014,10 +1014,12 @@ def step_parts(seed=0, **changes):
 
 
 def copy_of(module):
+    """Its parameters as they are now."""
     return [p.detach().clone() for p in module.parameters()]
 
 
 def same(module, before):
+    """For each parameter whether it is as it was."""
     return [torch.equal(p, q) for p, q in zip(module.parameters(), before)]
 
 
@@ -1129,14 +1131,15 @@ def test_negatives_are_conditions_of_other_people(trained, tmp_path, monkeypatch
         assert sorted(identity.tolist()) == [0, 0, 1, 1, 2, 2]
 
 
-def test_a_true_columns_first_and_the_same_voices_and_z_throughout(corpus, trained, tmp_path):
+def test_samples_show_the_true_face_and_the_same_voices_and_z(corpus, trained, tmp_path):
     v.main(["gan-train", "--data", str(corpus), "--match", str(trained / "best.pt"),
             "--out", str(tmp_path), *TINY_GAN, "--lr", "0"])
     first, last = (Image.open(p) for p in sorted((tmp_path / "samples").iterdir()))
     assert np.array_equal(first, last)  # only G could have changed it
-    pairs = v.Pairs(v.open_corpus(corpus, 2)["val"], 0.25, 32, 8, 0, shuffle=False)
+    pairs = v.Pairs(v.open_corpus(corpus, 2)["val"], 0.25, 32, 6, 0, shuffle=False)
     truth = pairs[0].faces.numpy().repeat(4, 1).repeat(4, 2)
-    for i in range(8):
+    assert first.height == 24 + 6 * 156
+    for i in range(6):
         top = 24 + i * 156 + 24
         assert np.array_equal(np.asarray(first)[top:top + 128, 2:130], truth[i])
     assert len({np.asarray(first)[48:176, 132 * j:132 * j + 132].tobytes() for j in range(8)}) == 8
@@ -1231,6 +1234,20 @@ def test_paper_preset_wants_encoders_of_its_size(trained, corpus, tmp_path, caps
     line = refused(capsys, "gan-train", "--data", corpus, "--match", trained / "best.pt",
                    "--out", tmp_path / "out", "--preset", "paper")
     assert "--preset paper" in line and "32 pixels" in line and not (tmp_path / "out").exists()
+
+
+def test_rates_fall_to_zero_in_the_second_half(corpus, trained, tmp_path, monkeypatch):
+    rates, real = [], (v.d_step, v.g_step)
+    monkeypatch.setattr(v, "d_step", lambda d, optimizer, *a, **k: rates.append(
+        optimizer.param_groups[0]["lr"]) or real[0](d, optimizer, *a, **k))
+    monkeypatch.setattr(v, "g_step", lambda d, optimizer, *a: rates.append(
+        optimizer.param_groups[0]["lr"]) or real[1](d, optimizer, *a))
+    v.main(["gan-train", "--data", str(corpus), "--match", str(trained / "best.pt"), "--out",
+            str(tmp_path), *TINY_GAN, "--steps", "8", "--eval-every", "8", "--lr", "4", "--d-lr",
+            "0.4"])
+    share = [1, 1, 1, 1, 1, 0.75, 0.5, 0.25]
+    assert rates[1::2] == pytest.approx([4 * x for x in share])
+    assert rates[::2] == pytest.approx([0.4 * x for x in share])
 
 
 def test_a_nan_stops_the_run_names_step_and_loss_and_keeps_the_checkpoint(
