@@ -77,17 +77,20 @@ import colorsys
 import concurrent.futures
 import copy
 import csv
+import datetime
 import functools
 import itertools
 import json
 import math
 import os
 import shutil
+import signal
 import struct
 import sys
 import tempfile
 import time
 import wave
+import zipfile
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -96,7 +99,7 @@ import numpy as np
 import torch
 import torchaudio
 from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageOps
-from torch import nn
+from torch import distributed, nn
 from torch.nn import functional as F
 
 try:
@@ -138,7 +141,7 @@ class MatchSettings:
                              "[paper §3.1]", choices=("v-f", "f-v"))
     k: int = setting(10, "candidates of a matching task in training", "[paper §4]", low=2)
     steps: int = setting(1500, "training steps", low=1)
-    batch: int = setting(32, "clips per step, at least K", low=2)
+    batch: int = setting(32, "clips per step and process, at least K", low=2)
     seed: int = setting(0, "seed of weights, batches and candidates", low=0)
     device: str = setting("auto", "cpu, cuda, cuda:1, ...; auto is cuda where there is one")
     workers: int = setting(1, "loader processes; 0 loads in the training process", low=0)
@@ -159,6 +162,8 @@ class MatchSettings:
     runs: int = setting(5, "runs of the final test, each with fresh negatives", "[paper §4]",
                         low=1)
     eval_every: int = setting(300, "steps between validations", low=1)
+    save_every: int = setting(100, "steps between checkpoints; each validation has one", low=1)
+    resume: bool = setting(False, "go on with the run in --out, if there is one")
     log_every: int = setting(50, "steps between log lines", low=1)
 
 
@@ -174,7 +179,7 @@ class GanSettings:
     loss: str = setting("relid", "relid: Eq. 5; rel: Eq. 4, without mismatched identities",
                         "[paper §3.2]", choices=("relid", "rel"))
     steps: int = setting(5000, "training steps, each one of D and one of G", low=1)
-    batch: int = setting(8, "real faces per step", low=2)
+    batch: int = setting(8, "real faces per step and process", low=2)
     seed: int = setting(0, "seed of weights, batches, z and c-", low=0)
     device: str = setting("auto", "cpu, cuda, cuda:1, ...; auto is cuda where there is one")
     workers: int = setting(1, "loader processes; 0 loads in the training process", low=0)
@@ -191,18 +196,20 @@ class GanSettings:
     decay: float = setting(0.998, "of the running average of G, which is what is tested", low=0)
     runs: int = setting(5, "runs of the final test, each with fresh z and negatives",
                         "[paper §4]", low=1)
-    eval_every: int = setting(500, "steps between validations, samples and checkpoints", low=1)
+    eval_every: int = setting(500, "steps between validations and samples", low=1)
+    save_every: int = setting(100, "steps between checkpoints; each validation has one", low=1)
+    resume: bool = setting(False, "go on with the run in --out, if there is one")
     log_every: int = setting(100, "steps between log lines", low=1)
 
 
 PAPER = {  # the presets `paper`
     "match-train": dict(
         seconds=6.0, size=128, sinc_stride=1, speech_width=64, face_width=64,  # as above
-        batch=64, steps=200_000, eval_every=2000, log_every=100, workers=8),  # [ours]
+        batch=64, steps=200_000, eval_every=2000, save_every=1000, log_every=100, workers=8),  # [ours]
     "gan-train": dict(
         width=64,  # [SNGAN]
         batch=64, steps=200_000, lr=2e-4, d_lr=2e-4,  # [ours]
-        decay=0.999, eval_every=2000, log_every=100, workers=8)}  # [ours]
+        decay=0.999, eval_every=2000, save_every=1000, log_every=100, workers=8)}  # [ours]
 
 
 @dataclass
@@ -583,21 +590,38 @@ def pick(items, rng):
 
 
 def load_batches(pairs, batches, workers):
-    """An iterator over the batches of a range, made ahead by worker processes."""
+    """An iterator over the batches of a range, made ahead by processes that stay to its end."""
     return torch.utils.data.DataLoader(
-        pairs, batch_size=None, sampler=batches, num_workers=workers,
+        pairs, batch_size=None, sampler=batches, num_workers=workers, worker_init_fn=heed_no_signal,
         prefetch_factor=4 if workers else None, pin_memory=torch.cuda.is_available())
+
+
+def heed_no_signal(worker):
+    """Ctrl-C and SIGTERM reach loader processes, too, but the training process decides."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def step_generator(seed, i):
+    """torch's random numbers for batch i, a pure function of (seed, i): no state to lose [ours]."""
+    bits = np.random.SeedSequence([seed, i, 2]).generate_state(1)  # all 32 that torch makes use of
+    return torch.Generator().manual_seed(int(bits[0]))
+
+
+def send(x, device):
+    """A tensor on the device; from pinned memory, so that the host need not wait for a GPU."""
+    on_gpu = torch.device(device).type == "cuda"
+    return x.pin_memory().to(device, non_blocking=True) if on_gpu else x
 
 
 def to_device(batch, device):
     """speech (B, T) and faces (B, 3, H, W) in [-1, 1] of a batch, on the device."""
-    return batch.speech.to(device, non_blocking=True), to_pixels(batch.faces, device)
+    return send(batch.speech, device), to_pixels(batch.faces, device)
 
 
 def to_pixels(faces, device):
-    """Faces uint8 (B, H, W, 3) as (B, 3, H, W) in [-1, 1], on the device."""
-    faces = faces.to(device, non_blocking=True).permute(0, 3, 1, 2)  # -> (B, 3, H, W)
-    return faces.float() / 127.5 - 1
+    """Faces uint8 (B, H, W, 3) as (B, 3, H, W) in [-1, 1], on the device, channels last."""
+    return send(faces, device).permute(0, 3, 1, 2).float() / 127.5 - 1  # -> (B, 3, H, W)
 
 
 class FaultCounter:
@@ -910,8 +934,8 @@ PASE_WIDTHS = (1, 1, 2, 2, 4, 4, 8, 8)  # [PASE]; in units of the sinc layer's 6
 
 
 def pad_same(x, taps):
-    """(B, C, T) -> (B, C, T + N - 1): reflected ends; stride s leaves ceil(T / s) frames [PASE]."""
-    return F.pad(x, ((taps - 1) // 2, taps // 2), mode="reflect")
+    """(..., H, T) -> (..., H, T + N - 1): reflected ends; stride s leaves ceil(T / s) [PASE]."""
+    return F.pad(x, ((taps - 1) // 2, taps // 2, 0, 0), mode="reflect")
 
 
 class SincConv(nn.Module):
@@ -948,8 +972,15 @@ class SincConv(nn.Module):
         return g * self.window / (2 * (high - low))  # (C, N); torch.sinc(0) is 1, without 0/0
 
     def forward(self, x):
-        x = pad_same(x[:, None], self.taps)  # (B, T) -> (B, 1, T + N - 1)
-        return F.conv1d(x, self.filters()[:, None], stride=self.stride)  # (B, C, T / stride)
+        # p neighbouring outputs at once: each filter in p shifts, p times the stride. The sums are
+        # the same. On two CPU cores 1.6 times as fast for 16 filters of stride 8, 2.3 times of
+        # stride 1, no faster for 64; not tried on a GPU [ours].
+        s, p, L = self.stride, 8 if x.device.type == "cpu" else 1, -(-x.shape[1] // self.stride)
+        g = torch.stack([F.pad(self.filters(), (i * s, (p - 1 - i) * s)) for i in range(p)], 1)
+        x = F.pad(pad_same(x[:, None], self.taps), (0, -L % p * s))  # (B, T) -> (B, 1, T + N - 1 + rest)
+        y = F.conv1d(x, g.flatten(0, 1)[:, None], stride=p * s)  # (B, C p, L / p)
+        y = y.unflatten(1, (-1, p)).permute(0, 3, 2, 1)  # (B, L / p, p, C)
+        return y.flatten(1, 2)[:, :L].mT  # (B, C, L)
 
 
 def to_length(x, length):
@@ -958,7 +989,7 @@ def to_length(x, length):
     length^2 is the inverse temperature of Eq. 1's softmax. With free lengths the loss starts at
     log K with hardly a gradient.
     """
-    return length * F.normalize(x, dim=1)
+    return length * F.normalize(x.float(), dim=1)  # a GPU's layers may answer in bfloat16
 
 
 class SpeechEncoder(nn.Module):
@@ -966,6 +997,8 @@ class SpeechEncoder(nn.Module):
 
     The sinc layer and 7 convolutions [paper §3.1], each followed by batch norm and a PReLU with a
     slope per channel [PASE]; mean and linear map are [ours]. In PASE width is 64, sinc_stride 1.
+    The convolutions over time are written as 2-D ones over a single row, for these can have the
+    channels last in memory: 1.15 times as fast here.
     """
 
     def __init__(self, width=64, sinc_stride=1, length=1.0):
@@ -973,20 +1006,20 @@ class SpeechEncoder(nn.Module):
         self.length, widths = length, [width * w for w in PASE_WIDTHS]
         self.convs = nn.ModuleList([SincConv(width, PASE_TAPS[0], sinc_stride)])
         for i in range(1, len(widths)):  # no bias: batch norm has one
-            self.convs.append(nn.Conv1d(widths[i - 1], widths[i], PASE_TAPS[i], PASE_STRIDES[i],
-                                        bias=False))
-        self.norms = nn.ModuleList(nn.BatchNorm1d(w) for w in widths)
+            self.convs.append(nn.Conv2d(widths[i - 1], widths[i], (1, PASE_TAPS[i]),
+                                        (1, PASE_STRIDES[i]), bias=False))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(w) for w in widths)
         self.acts = nn.ModuleList(nn.PReLU(w, init=0.0) for w in widths)  # [PASE]
         self.head = nn.Linear(widths[-1], EMBED)
 
     def frames(self, x):
         """(B, T) -> (B, C, L), with PASE's strides L = T / 160."""
-        x = self.convs[0](x)  # (B, T) -> (B, C, T / stride)
+        x = self.convs[0](x)[:, :, None]  # (B, T) -> (B, C, 1, T / stride)
         x = self.acts[0](self.norms[0](x))
         for conv, norm, act in zip(self.convs[1:], self.norms[1:], self.acts[1:]):
-            x = conv(pad_same(x, conv.kernel_size[0]))  # (B, C, L) -> (B, C', L / stride)
+            x = conv(pad_same(x, conv.kernel_size[1]))  # (B, C, 1, L) -> (B, C', 1, L / stride)
             x = act(norm(x))
-        return x
+        return x[:, :, 0]
 
     def features(self, x):
         """(B, T) -> (B, C), what the head reads."""
@@ -1124,7 +1157,8 @@ class AdaIN(nn.Module):
         scale, shift = self.style(style)[:, :, None, None].chunk(2, 1)  # (B, 2C) -> 2 (B, C, 1, 1)
         x = x - x.mean((2, 3), keepdim=True)  # (B, C, H, W) - (B, C, 1, 1)
         var = x.square().mean((2, 3), keepdim=True)  # -> (B, C, 1, 1)
-        return torch.addcmul(shift, (1 + scale) * (var + 1e-5).rsqrt(), x)  # keeps channels_last
+        scale = ((1 + scale) * (var + 1e-5).rsqrt()).to(x.dtype)  # a GPU's bfloat16 stays that
+        return torch.addcmul(shift, scale, x)  # keeps channels_last
 
 
 class UpBlock(nn.Module):
@@ -1183,7 +1217,8 @@ class Generator(nn.Module):
         x = x.contiguous(memory_format=torch.channels_last)
         for block in self.blocks:
             x = block(x, style)  # (B, C, H, W) -> (B, C', 2H, 2W)
-        return torch.tanh(self.last(F.relu(self.norm(x, style))))  # (B, C, H, W) -> (B, 3, H, W)
+        x = self.last(F.relu(self.norm(x, style)))  # (B, C, H, W) -> (B, 3, H, W)
+        return torch.tanh(x.float())
 
 
 class Discriminator(nn.Module):
@@ -1202,14 +1237,11 @@ class Discriminator(nn.Module):
         self.psi = nn.Linear(face_encoder.head.in_features, 1, bias=False)
         nn.init.normal_(self.psi.weight, std=0.01)  # [ours]
 
-    def read(self, faces):
-        """phi(f) (B, D) and psi (B,) of faces (B, 3, H, W)."""
+    def forward(self, faces, c=None):
+        """g(f, c); without c what it is made of, phi(f) (B, D) and psi (B,)."""
         h = self.phi.features(faces)  # (B, 3, H, W) -> (B, C)
-        return to_length(self.phi.head(h), self.phi.length), self.psi(h)[:, 0]
-
-    def forward(self, faces, c):
-        phi, psi = self.read(faces)
-        return self.weight * inner(c, phi) + psi
+        phi, psi = to_length(self.phi.head(h), self.phi.length), self.psi(h)[:, 0].float()
+        return (phi, psi) if c is None else self.weight * inner(c, phi) + psi
 
 
 def inner(c, phi):
@@ -1251,9 +1283,11 @@ def adversarial_loss(kind, own, other, match, mismatch):
 def d_step(discriminator, optimizer, faces, fakes, c, wrong, cfg, penalise):
     """Train D on real and drawn faces (B, 3, H, W), c+ and c- (B, D); {name: number to log}.
 
-    With `penalise` R1 joins, also for the steps that went without it [StyleGAN2].
+    With `penalise` R1 joins, also for the steps that went without it [StyleGAN2], in float32 on a
+    GPU, too, for its gradients of gradients.
     """
-    phi, psi = discriminator.read(torch.cat([faces, fakes.detach()]))  # (2B, D), (2B,)
+    with autocast(faces.device):
+        phi, psi = discriminator(torch.cat([faces, fakes.detach()]))  # (2B, D), (2B,)
     (phi_real, phi_fake), (psi_real, psi_fake) = phi.chunk(2), psi.chunk(2)
     match_real, match_fake = inner(c, phi_real), inner(c, phi_fake)  # (B,), (B,)
     mismatch, w = inner(wrong, phi_real), cfg.weight
@@ -1273,9 +1307,10 @@ def d_step(discriminator, optimizer, faces, fakes, c, wrong, cfg, penalise):
 def g_step(discriminator, optimizer, faces, fakes, c, wrong, cfg):
     """Train G, whose faces `fakes` are, to look more real and fit c+ better than the real ones."""
     discriminator.requires_grad_(False)
-    phi, psi = discriminator.read(fakes)  # (B, D), (B,)
+    with autocast(faces.device):
+        (phi, psi), real = discriminator(fakes), discriminator(faces, c)  # (B, D), (B,); (B,)
     match, mismatch = cfg.weight * inner(c, phi), cfg.weight * inner(wrong, phi)
-    loss = adversarial_loss(cfg.loss, match + psi, discriminator(faces, c), match, mismatch)
+    loss = adversarial_loss(cfg.loss, match + psi, real, match, mismatch)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -1299,15 +1334,16 @@ def follow(average, generator, step, decay):
 class Progress:
     """A line with the time left: rewritten in place on a terminal, in a file a new one at times."""
 
-    def __init__(self, name, total):
+    def __init__(self, name, total, first=0):
         self.name, self.total, self.started, self.shown = name, total, time.time(), time.time()
-        self.terminal = sys.stdout.isatty()
+        self.first, self.terminal = first, sys.stdout.isatty()
 
     def show(self, done, text="", always=False):
         """Say that `done` of all are done; in a file only every 10 s, unless `always`."""
         now = time.time()
         if always or done == self.total or now - self.shown > (0.2 if self.terminal else 10):
-            self.shown, left = now, (now - self.started) / max(done, 1) * (self.total - done)
+            each = (now - self.started) / max(done - self.first, 1)  # s
+            self.shown, left = now, each * (self.total - done)
             self.say(f"{self.name} {done}/{self.total}  {text}  {left:.0f} s left",
                      done < self.total)
 
@@ -1328,58 +1364,175 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-class RunLog:
-    """log.jsonl, line by line: step, means since the last, clips per s, peak_memory_gb, faults."""
+class Run:
+    """A training run in its folder: deals batches, logs, saves, validates, can be stopped any time.
 
-    def __init__(self, out, steps, device, unit="clips"):
-        self.file = open(out / "log.jsonl", "w", encoding="utf8")
-        self.progress, self.device, self.unit = Progress("step", steps), device, unit
-        self.values, self.clips, self.since = {}, 0, time.time()
+    `parts` are the modules, optimisers and schedules that training changes. All chance is a pure
+    function of seed and batch number, so with step and best validation they are all of its state.
+    Under torchrun each process has a Run; the first one writes.
+    """
 
-    def add(self, step, clips, **values):
-        """Keep a step's numbers as they are: a tensor is not read before its line is written."""
-        self.clips += clips
+    def __init__(self, command, cfg, device, parts, state=None, unit="clips", **more):
+        self.cfg, self.device, self.parts, self.unit = cfg, device, parts, unit
+        (self.rank, self.processes), self.out = processes(), Path(cfg.out)
+        self.fixed = dict(command=command, settings=asdict(cfg), processes=self.processes, **more)
+        self.step, self.best, self.faults, self.values = 0, -1.0, FaultCounter(), {}
+        self.clips, self.since, self.signal, self.saved, length = 0, time.time(), 0, True, 0
+        if state:
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+            self.step, self.best = state["step"], state["best"]
+            length, self.faults.seen, self.faults.faults = state["counts"]
+            self.values = {name: [(step, x.to(device)) for step, x in found]
+                           for name, found in state["values"].items()}
+        self.progress = Progress("step", cfg.steps, self.step)
+        if self.rank == 0:
+            write_json(self.out / "settings.json", asdict(cfg))
+            self.file = open(self.out / "log.jsonl", "ab")
+            self.file.truncate(min(length, self.file.tell()))  # later lines will be written again
+
+    def batches(self, pairs, check):
+        """(number, batch) from where the run stands to its end; check() validates in between."""
+        todo = range(self.step * self.processes + self.rank, self.cfg.steps * self.processes,
+                     self.processes)
+        usual = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            if self.step and self.validating():
+                self.validate(check)  # the stop may have cut it off
+            self.since = time.time()
+            for i, batch in zip(todo, load_batches(pairs, todo, self.cfg.workers)):
+                self.faults.add(batch)
+                self.saved = False
+                yield i, batch
+                self.pause(check)
+        finally:
+            for number, handler in usual.items():
+                signal.signal(number, handler)
+
+    def note(self, number, frame):
+        """Ctrl-C or SIGTERM: the step in progress is finished and saved first."""
+        self.signal = number
+        if self.saved:
+            raise KeyboardInterrupt(number)
+
+    def add(self, clips, **values):
+        """Count a step and keep its numbers as they are: none is read before its line is written."""
+        self.step, self.clips = self.step + 1, self.clips + clips * self.processes
         for name, value in values.items():
-            self.values.setdefault(name, []).append((step, value.detach()))
+            self.values.setdefault(name, []).append((self.step, value.detach()))
 
-    def write(self, step, faults):
-        """Write and show the line of a step; raises UserError at the first number that is none."""
-        line, bad = {"step": step}, []
+    def validating(self):
+        return self.step % self.cfg.eval_every == 0 or self.step == self.cfg.steps
+
+    def pause(self, check):
+        """After a step: write its line, save, stop and validate where that is due."""
+        if self.validating() or self.step % self.cfg.log_every == 0:
+            self.write()
+        stop = torch.tensor(self.signal)
+        if self.processes > 1:  # all stop after the same step
+            distributed.all_reduce(stop, distributed.ReduceOp.MAX)
+        if stop or self.validating() or self.step % self.cfg.save_every == 0:
+            self.save()
+        if stop:
+            self.progress.say(f"stopped after step {self.step}; --resume goes on from there")
+            raise KeyboardInterrupt(int(stop))
+        if self.validating():
+            self.validate(check)
+
+    def validate(self, check):
+        if self.rank == 0:
+            check()
+        self.since = time.time()  # clips_per_s is of training alone
+
+    def means(self):
+        """{name: mean since the last line}; raises UserError at the first number that is none."""
+        means, bad = {}, []
         for name, found in self.values.items():
             steps, numbers = zip(*found)
             numbers = torch.stack(numbers).tolist()
             bad += [(at, name, x) for at, x in zip(steps, numbers) if not math.isfinite(x)]
-            line[name] = round(sum(numbers) / len(numbers), 4)
+            means[name] = round(sum(numbers) / len(numbers), 4)
         if bad:
             at, name, x = min(bad, key=lambda found: found[0])
             raise diverged(f"step {at}: {name} is {x}")
-        line |= {f"{self.unit}_per_s": round(self.clips / (time.time() - self.since), 1),
-                 "peak_memory_gb": round(peak_memory(self.device), 3), "faults": faults}
+        return means
+
+    def write(self):
+        """Write and show the log line of this step."""
+        line = {"step": self.step} | self.means() | {
+            f"{self.unit}_per_s": round(self.clips / (time.time() - self.since), 1),
+            "peak_memory_gb": round(peak_memory(self.device), 3), "faults": self.faults.faults}
         self.record(line)
         text = "  ".join(f"{name} {value:g}" for name, value in line.items() if name != "step")
-        self.progress.show(step, text, always=True)
+        self.progress.show(self.step, text, always=True)
         self.values, self.clips, self.since = {}, 0, time.time()
 
     def record(self, line):
-        """Write a line as it is."""
-        print(json.dumps(line), file=self.file, flush=True)
+        """Add a line to log.jsonl as it is."""
+        if self.rank == 0:
+            self.file.write(json.dumps(line).encode() + b"\n")
+            self.file.flush()
+
+    def save(self):
+        """Write last.pt; the one before it stays as previous.pt."""
+        self.means()
+        for name, part in self.parts.items():
+            if isinstance(part, nn.Module) and not all(p.isfinite().all() for p in part.parameters()):
+                raise diverged(f"step {self.step}: the weights of {name} are NaN")
+        if self.rank == 0:
+            save_checkpoint(self.out / "last.pt", self.parts, self.out / "previous.pt",
+                            **self.fixed, step=self.step, best=self.best, values=self.values,
+                            counts=(self.file.tell(), self.faults.seen, self.faults.faults))
+        self.saved = True
 
 
 def diverged(where):
     """The UserError of a run whose numbers are none any more."""
     return UserError(f"{where}: the run diverged, try a lower --lr; "
-                     "its checkpoints, if any, are as of the last validation")
+                     "its checkpoints, if any, are from before")
+
+
+def processes():
+    """(this process's number, how many there are): (0, 1) unless torchrun started them."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def pick_device(name):
     """The torch device of --device; raises UserError where there is no such."""
     name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun: a GPU for each process
     try:
         torch.zeros(1, device=name).item()
+        torch.backends.cudnn.benchmark = True  # all batches have one shape: try what is fastest
         return torch.device(name)
     except (RuntimeError, AssertionError) as e:
         reason = str(e).splitlines()[0]
         raise UserError(f"--device {name}: not available here, use cpu or auto ({reason})") from e
+
+
+def autocast(device):
+    """On a GPU layers compute in bfloat16, for which it has more arithmetic; weights stay float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def join(device):
+    """Meet the other processes of torchrun. CPU tensors travel by gloo, a GPU's by nccl."""
+    if processes()[1] > 1:
+        distributed.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            timeout=datetime.timedelta(days=1))  # for the first may take long to validate
+
+
+def share(module):
+    """The module to train with: under torchrun one that averages gradients over the processes.
+
+    All start with the first one's weights and, as their gradients are equal, keep equal ones. Each
+    has its own batches and takes negatives, and batch norm its statistics, from its own batch
+    alone: K - 1 negatives of a random batch are as random as of all of them, and a batch is large
+    enough to estimate mean and variance over all its frames; the running ones are the first's.
+    """
+    return nn.parallel.DistributedDataParallel(module) if processes()[1] > 1 else module
 
 
 def make_folder(out):
@@ -1400,24 +1553,81 @@ def make_encoders(cfg, device):
     """Fresh (S, F) as the settings say."""
     speech_encoder = SpeechEncoder(cfg.speech_width, cfg.sinc_stride, cfg.length).to(device)
     face_encoder = FaceEncoder(cfg.size, cfg.face_width, cfg.length).to(device)
-    return speech_encoder, face_encoder.to(memory_format=torch.channels_last)  # 1.5 times faster
+    return [e.to(memory_format=torch.channels_last)  # S 1.15, F 1.5 times as fast on a CPU
+            for e in (speech_encoder, face_encoder)]
 
 
-def save_checkpoint(path, modules, **more):
-    """Write weights and more beside `path` and rename, so that `path` is whole at any time."""
-    weights = {name: module.state_dict() for name, module in modules.items()}
-    torch.save(weights | more, f"{path}.part")
-    os.replace(f"{path}.part", path)
+def save_checkpoint(path, parts, previous=None, **more):
+    """Write states and more beside `path`, then rename: `path` is whole at any time.
+
+    The file it replaces stays as `previous`. Raises UserError where it cannot be written.
+    """
+    part = Path(f"{path}.part")
+    try:
+        with open(part, "wb") as f:
+            torch.save({name: p.state_dict() for name, p in parts.items()} | more, f)
+            f.flush()
+            os.fsync(f.fileno())  # on the disk before it has the name
+    except (OSError, RuntimeError) as e:
+        part.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({str(e).splitlines()[0]}); the checkpoint "
+                        "before it, if any, is whole: --resume goes on from there") from e
+    if previous and path.exists():
+        os.replace(path, previous)
+    os.replace(part, path)
 
 
-def load_checkpoint(path, device, command, build):
+def load_checkpoint(path, device, command, build=lambda state: state):
     """build(state) of a checkpoint that `command` wrote; raises UserError where it is none."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such checkpoint; {command} writes them")
     try:
-        return build(torch.load(path, map_location=device, weights_only=True))
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():  # sums of the bytes, which torch.load does not look at
+                raise ValueError
+        state = torch.load(path, map_location=device, weights_only=True)  # runs no code
+        if state["command"] != command:
+            raise UserError(f"{path}: is a checkpoint of {state['command']}, not of {command}")
+        return build(state)
+    except (UserError, torch.OutOfMemoryError):
+        raise
     except Exception as e:  # on a damaged file torch.load raises nearly anything
-        raise UserError(f"{path}: not a checkpoint of {command} ({type(e).__name__})") from e
+        raise UserError(f"{path}: not a checkpoint of {command}, or damaged "
+                        f"({type(e).__name__})") from e
+
+
+MAY_CHANGE = {"data", "match", "out", "device", "workers", "log_every", "save_every", "resume"}
+
+
+def open_run(cfg, command):
+    """The state in --out to go on from, None at the beginning; UserError where either is wrong."""
+    out, faults = make_folder(cfg.out), []
+    found = [path for path in (out / "last.pt", out / "previous.pt") if path.exists()]
+    finished = (out / "metrics.json").exists()
+    if not cfg.resume:
+        if found or finished:
+            raise UserError(f"--out {out}: holds {'a finished' if finished else 'an unfinished'} "
+                            "run; name another folder, delete this one, or go on with --resume")
+        return None
+    for path in found:
+        try:
+            state = load_checkpoint(path, "cpu", command)
+        except UserError as e:
+            faults.append(str(e))
+            continue
+        if path.name != "last.pt":
+            reason = faults[0] if faults else f"{out / 'last.pt'}: missing"
+            print(f"{reason}; going on from {path}, step {state['step']}", file=sys.stderr)
+        now = asdict(cfg) | {"processes": processes()[1]}
+        wrong = [f"{flag(name)} {value}, not {now.get(name)}"
+                 for name, value in [*state["settings"].items(), ("processes", state["processes"])]
+                 if name not in MAY_CHANGE and value != now.get(name)]
+        if wrong:
+            raise UserError(f"--resume: the run in {out} has {', '.join(wrong)}")
+        return state
+    if faults:
+        raise UserError(faults[0])
+    return None
 
 
 def load_match(path, device):
@@ -1448,12 +1658,6 @@ def make_gan(cfg, match, encoders, device):
     generator = Generator(match.size, cfg.width, cfg.c_length).to(device)
     return Gan(cfg, match, speech_encoder, face_encoder,
                generator.to(memory_format=torch.channels_last))
-
-
-def save_gan(path, gan, step):
-    """Write a checkpoint of gan-train."""
-    save_checkpoint(path, dict(zip(Gan._fields[2:], gan[2:])), step=step,
-                    settings=asdict(gan.cfg), match=asdict(gan.match))
 
 
 def load_gan(path, device):
@@ -1501,57 +1705,54 @@ def validate(encoders, people, cfg, faults, device, draws=20):
 
 def find_corpus(cfg):
     """Make the synthetic corpus where it is asked for and missing."""
-    if cfg.data == SYNTHETIC and not Path(cfg.data).exists():
+    rank, count = processes()
+    if rank == 0 and cfg.data == SYNTHETIC and not Path(cfg.data).exists():
         make_data(cfg.data, MakeSettings.identities, MakeSettings.seed)
+    if count > 1:
+        distributed.barrier()
 
 
 def match_train(cfg):
     """Train S and F label-free on Eq. 1, keep the pair that validates best, test that one."""
     device = pick_device(cfg.device)
+    join(device)
     find_corpus(cfg)
-    corpus, labels, out = open_corpus(cfg.data, cfg.k), read_labels(cfg.data), make_folder(cfg.out)
-    write_json(out / "settings.json", asdict(cfg))
+    corpus, labels = open_corpus(cfg.data, cfg.k), read_labels(cfg.data)
+    state, out = open_run(cfg, "match-train"), Path(cfg.out)
     torch.manual_seed(cfg.seed)
-    generator = torch.Generator().manual_seed(cfg.seed)
     encoders = speech_encoder, face_encoder = make_encoders(cfg, device)
     optimizer, schedule = make_optimizer(encoders, cfg)
     pairs = Pairs(corpus["train"], cfg.seconds, cfg.size, cfg.batch, cfg.seed, shuffle=True)
-    log, faults, best = RunLog(out, cfg.steps, device), FaultCounter(), -1.0
+    weights = dict(speech=speech_encoder, face=face_encoder)
+    run = Run("match-train", cfg, device, weights | dict(optimizer=optimizer, schedule=schedule),
+              state)
 
-    for step, batch in enumerate(load_batches(pairs, range(cfg.steps), cfg.workers), start=1):
-        faults.add(batch)
-        speech, faces = to_device(batch, device)  # (B, T), (B, 3, H, W)
-        if step == 1:
-            centre_head(speech_encoder, speech)
-            centre_head(face_encoder, faces)
-        candidates = draw_candidates(batch.identity, cfg.k, generator).to(device)  # (B, K)
-        loss, hits = match_loss(speech_encoder(speech), face_encoder(faces),
-                                candidates, cfg.direction)
+    def check():
+        val = validate(encoders, corpus["val"], cfg, run.faults, device)
+        run.progress.say(f"validation after step {run.step}: {cfg.direction} {cfg.k}-way {val:.1f} %")
+        if val > run.best:
+            run.best = val
+            save_checkpoint(out / "best.pt", weights, step=run.step, val=val, **run.fixed)
+
+    if not run.step and (first := pairs[0]).speech is not None:
+        for encoder, x in zip(encoders, to_device(first, device)):
+            centre_head(encoder, x)
+    shared = [share(encoder) for encoder in encoders]
+    for i, batch in run.batches(pairs, check):
+        candidates = draw_candidates(batch.identity, cfg.k, step_generator(cfg.seed, i))  # (B, K)
+        with autocast(device):  # (B, T) -> (B, D), (B, 3, H, W) -> (B, D)
+            speech, faces = (encoder(x) for encoder, x in zip(shared, to_device(batch, device)))
+        loss, hits = match_loss(speech, faces, send(candidates, device), cfg.direction)
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_([*speech_encoder.parameters(), *face_encoder.parameters()],
-                                 cfg.max_norm)
+        nn.utils.clip_grad_norm_([p for e in encoders for p in e.parameters()], cfg.max_norm)
         optimizer.step()
         schedule.step()
+        run.add(cfg.batch, loss=loss, accuracy=100 * hits)
 
-        log.add(step, cfg.batch, loss=loss, accuracy=100 * hits)
-        validating = step % cfg.eval_every == 0 or step == cfg.steps
-        if validating or step % cfg.log_every == 0:
-            log.write(step, faults.faults)
-        if validating:
-            val = validate(encoders, corpus["val"], cfg, faults, device)
-            log.progress.say(f"validation after step {step}: "
-                             f"{cfg.direction} {cfg.k}-way {val:.1f} %")
-            parts = dict(speech=speech_encoder, face=face_encoder)
-            save_checkpoint(out / "last.pt", parts, settings=asdict(cfg), step=step, val=val)
-            if val > best:
-                best = val
-                save_checkpoint(out / "best.pt", parts, settings=asdict(cfg), step=step,
-                                val=val)
-            log.since = time.time()  # clips_per_s is of training alone
-
-    _, encoders = load_match(out / "best.pt", device)
-    report_matching(encoders, corpus["test"], labels, cfg, cfg.runs, out, device)
+    if run.rank == 0:
+        _, encoders = load_match(out / "best.pt", device)
+        report_matching(encoders, corpus["test"], labels, cfg, cfg.runs, out, device)
 
 
 def report_matching(encoders, people, labels, cfg, runs, out, device):
@@ -1575,19 +1776,20 @@ def match_test(args):
 def gan_train(cfg):
     """Train G and D on a frozen S [paper §3.2]; what is kept and tested is the average of G."""
     device = pick_device(cfg.device)
+    join(device)
     match, encoders = load_match(cfg.match, device)
     side = PAPER["match-train"]["size"]
     if cfg.preset == "paper" and match.size != side:
         raise UserError(f"--preset paper: needs encoders of {side} pixels, {cfg.match} is of "
                         f"{match.size} pixels; train it with match-train --preset paper")
     find_corpus(cfg)
-    corpus, labels, out = open_corpus(cfg.data, 2), read_labels(cfg.data), make_folder(cfg.out)
-    write_json(out / "settings.json", asdict(cfg))
+    corpus, labels = open_corpus(cfg.data, 2), read_labels(cfg.data)
+    state, out = open_run(cfg, "gan-train"), Path(cfg.out)
+    if state and any(not torch.equal(x.cpu(), state["face_encoder"][name])
+                     for name, x in encoders[1].state_dict().items()):
+        raise UserError(f"--resume: the run in {out} has other encoders than --match {cfg.match}")
     samples = make_folder(out / "samples")
-    for old in samples.glob("*.png"):
-        old.unlink()  # of an earlier run
     torch.manual_seed(cfg.seed)
-    rng, noise = (torch.Generator(d).manual_seed(cfg.seed) for d in ("cpu", device))
     gan = make_gan(cfg, match, encoders, device)
     generator = copy.deepcopy(gan.generator)
     discriminator = Discriminator(gan.face_encoder, cfg.weight).to(device)
@@ -1597,40 +1799,42 @@ def gan_train(cfg):
     schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda i: min(1, 2 - 2 * i / cfg.steps))
                  for o in (g_optimizer, d_optimizer)]  # down to 0 in the second half [ours]
     pairs = Pairs(corpus["train"], match.seconds, match.size, cfg.batch, cfg.seed, shuffle=True)
-    log, faults = RunLog(out, cfg.steps, device, "images"), FaultCounter()
+    parts = dict(zip(Gan._fields[2:], gan[2:])) | dict(
+        g=generator, d=discriminator, g_optimizer=g_optimizer, d_optimizer=d_optimizer,
+        g_schedule=schedules[0], d_schedule=schedules[1])
+    run = Run("gan-train", cfg, device, parts, state, "images", match=asdict(match))
 
-    for step, batch in enumerate(load_batches(pairs, range(cfg.steps), cfg.workers), start=1):
-        faults.add(batch)
+    def check():
+        val = evaluate_generator(gan, corpus["val"], {}, 1, device, run.faults)
+        val = {name: val[name] for name in ("preferred", "f-v/2", "real/f-v/2") if name in val}
+        run.record({"step": run.step} | {f"val/{name}": value for name, value in val.items()})
+        run.progress.say(f"validation after step {run.step}: "
+                         + "  ".join(f"{name} {value:.1f} %" for name, value in val.items()))
+        draw_samples(gan, corpus["val"], samples / f"{run.step:06}.png", device)
+
+    shared_g, shared_d = share(generator), share(discriminator)
+    for i, batch in run.batches(pairs, check):
         speech, faces = to_device(batch, device)  # (B, T), (B, 3, H, W)
-        with torch.no_grad():
-            c = gan.speech_encoder(speech)  # c+: (B, T) -> (B, D)
-        wrong = c[draw_candidates(batch.identity, 2, rng)[:, 1].to(device)]  # c-: (B, D)
-        z = torch.randn(c.shape, generator=noise, device=device)  # (B, D)
-        fakes = generator(z, c)  # (B, D), (B, D) -> (B, 3, H, W); both steps use them
-        numbers = d_step(discriminator, d_optimizer, faces, fakes, c, wrong, cfg,
-                         penalise=step % cfg.r1_every == 0)
+        rng = step_generator(cfg.seed, i)
+        others = send(draw_candidates(batch.identity, 2, rng)[:, 1], device)  # (B,)
+        z = send(torch.randn(len(faces), EMBED, generator=rng), device)  # (B, D)
+        with autocast(device):
+            with torch.no_grad():
+                c = gan.speech_encoder(speech)  # c+: (B, T) -> (B, D)
+            fakes = shared_g(z, c)  # (B, D), (B, D) -> (B, 3, H, W); both steps use them
+        wrong = c[others]  # c-: (B, D)
+        numbers = d_step(shared_d, d_optimizer, faces, fakes, c, wrong, cfg,
+                         penalise=(run.step + 1) % cfg.r1_every == 0)
         numbers |= g_step(discriminator, g_optimizer, faces, fakes, c, wrong, cfg)
         for schedule in schedules:
             schedule.step()
-        follow(gan.generator, generator, step, cfg.decay)
+        follow(gan.generator, generator, run.step + 1, cfg.decay)
+        run.add(len(faces), **numbers)
 
-        log.add(step, len(faces), **numbers)
-        validating = step % cfg.eval_every == 0 or step == cfg.steps
-        if validating or step % cfg.log_every == 0:
-            log.write(step, faults.faults)
-        if validating:
-            val = evaluate_generator(gan, corpus["val"], {}, 1, device, faults)
-            val = {name: val[name] for name in ("preferred", "f-v/2", "real/f-v/2") if name in val}
-            log.record({"step": step} | {f"val/{name}": value for name, value in val.items()})
-            log.progress.say(f"validation after step {step}: "
-                             + "  ".join(f"{name} {value:.1f} %" for name, value in val.items()))
-            draw_samples(gan, corpus["val"], samples / f"{step:06}.png", device)
-            save_gan(out / "last.pt", gan, step)
-            log.since = time.time()  # images_per_s is of training alone
-
-    metrics = evaluate_generator(gan, corpus["test"], labels, cfg.runs, device, FaultCounter())
-    print_generation(metrics)
-    write_json(out / "metrics.json", metrics)
+    if run.rank == 0:
+        metrics = evaluate_generator(gan, corpus["test"], labels, cfg.runs, device, FaultCounter())
+        print_generation(metrics)
+        write_json(out / "metrics.json", metrics)
 
 
 # ==================================================================================================
@@ -2510,9 +2714,9 @@ def make_parser():
             paper = PAPER.get(name, {}).get(f.name)
             paper = f", paper: {paper}" if paper else ""
             text = f"{f.metadata['help']} (default: {f.default}{paper})".replace("%", "%%")
-            command.add_argument(flag(f.name), type=type(f.default),
-                                 default=argparse.SUPPRESS, choices=f.metadata["choices"],
-                                 help=text)
+            kind = (dict(action="store_true") if f.type is bool else
+                    dict(type=f.type, choices=f.metadata["choices"]))
+            command.add_argument(flag(f.name), default=argparse.SUPPRESS, help=text, **kind)
     return parser
 
 
@@ -2550,8 +2754,13 @@ def main(argv=None):
     if args.get("preset") == "paper":
         args = PAPER[command] | args
     cfg = COMMANDS[command][0](**args)
+    rank, count = processes()
+    if rank:
+        sys.stdout = open(os.devnull, "w")  # the first one speaks
     try:
         check_settings(cfg)
+        if count > 1 and not command.endswith("-train"):
+            raise UserError(f"{command}: runs in one process, without torchrun")
         if command == "match-train":
             match_train(cfg)
         elif command == "match-test":
@@ -2572,9 +2781,15 @@ def main(argv=None):
     except OSError as e:
         print(f"voice2face: error: {e.filename or 'file'}: {e.strerror or e}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("voice2face: interrupted; checkpoints are as of the last validation", file=sys.stderr)
-        return 130
+    except torch.OutOfMemoryError as e:
+        print(f"voice2face: error: out of GPU memory, try a smaller --batch ({str(e).splitlines()[0]})", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as e:
+        print(f"voice2face: stopped{'; --resume goes on' if hasattr(cfg, 'resume') else ''}", file=sys.stderr)
+        return 128 + (e.args[0] if e.args else signal.SIGINT)
+    finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
     return 0
 
 
