@@ -6,6 +6,7 @@
 """Tests of voice2face.py: parts against independent computations, every command on tiny settings.
 
     uv run test_voice2face.py          the tests (any pytest option may follow)
+    uv run test_voice2face.py kill 40  kill training 40 times at random, compare what it ends with
     uv run test_voice2face.py bench    throughput of the loader and of a training step, printed
 """
 
@@ -13,14 +14,19 @@ import builtins
 import csv
 import json
 import math
+import os
+import random
 import re
 import shutil
+import signal
+import socket
 import struct
 import subprocess
 import sys
 import tempfile
 import time
 import wave
+import zipfile
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -30,6 +36,11 @@ import torch
 from PIL import Image
 
 import voice2face as v
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 FILE = Path(v.__file__)
 TINY = ["--steps", "4", "--batch", "6", "--k", "4", "--seconds", "0.25", "--size", "32",
@@ -620,7 +631,7 @@ def test_the_best_validation_is_what_is_tested(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(v, "report_matching", lambda encoders, *rest: tested.append(encoders))
     v.main(["match-train", "--data", str(corpus), "--out", str(tmp_path), *TINY, "--steps", "6"])
     best, last = (torch.load(tmp_path / name, weights_only=True) for name in ("best.pt", "last.pt"))
-    assert (best["step"], best["val"], last["step"], last["val"]) == (2, 30.0, 6, 20.0)
+    assert (best["step"], best["val"], last["step"], last["best"]) == (2, 30.0, 6, 30.0)
     assert torch.equal(tested[0][1].head.weight, best["face"]["head.weight"])
 
 
@@ -634,7 +645,7 @@ def test_validation_leaves_no_trace_in_the_networks(corpus):
 
 
 def test_run_folder(trained, corpus):
-    assert {"settings.json", "log.jsonl", "best.pt", "last.pt", "metrics.json",
+    assert {"settings.json", "log.jsonl", "best.pt", "last.pt", "previous.pt", "metrics.json",
             "examples.png"} == {p.name for p in trained.iterdir()}
     log = [json.loads(line) for line in open(trained / "log.jsonl")]
     assert [line["step"] for line in log] == [1, 2, 3, 4]
@@ -667,10 +678,15 @@ def fingerprint(out):
     return weights, log, (out / "metrics.json").read_text()
 
 
+def saved_step(out, name="last.pt"):
+    """The step of a checkpoint."""
+    return torch.load(out / name, weights_only=True)["step"]
+
+
 CHANGES = dict(direction="f-v", k=3, steps=5, batch=8, seed=1, seconds=0.3, size=64,
                sinc_stride=7, speech_width=6, face_width=6, length=5.0, lr=0.3, momentum=0.5,
-               weight_decay=0.1, max_norm=0.01, sinc_lr=1e6, runs=3, eval_every=4, log_every=2,
-               preset="paper")
+               weight_decay=0.1, max_norm=0.01, sinc_lr=1e6, runs=3, eval_every=4, save_every=3,
+               log_every=2, preset="paper")
 
 
 @pytest.mark.parametrize("name", [f.name for f in fields(v.MatchSettings)])
@@ -695,12 +711,16 @@ def test_every_setting_matters(name, trained, corpus, tmp_path, monkeypatch, cap
         assert asdict(seen[0]) == asdict(v.MatchSettings(**v.PAPER["match-train"], preset="paper",
                                                          lr=0.5))
         return
-    if name == "out":
-        v.match_train(replace(base, out=str(tmp_path / "x y")))
-        # and the same settings give the same run
+    if name in ("out", "resume"):
+        v.match_train(replace(base, out=str(tmp_path / "x y"), resume=name == "resume"))
+        # and the same settings give the same run; resume in an empty folder starts one
         assert fingerprint(tmp_path / "x y") == fingerprint(trained)
         return
     v.match_train(replace(base, out=str(tmp_path), **{name: CHANGES[name]}))
+    if name == "save_every":
+        assert fingerprint(tmp_path) == fingerprint(trained)
+        assert saved_step(tmp_path, "previous.pt") == 3
+        return
     if name == "eval_every":
         assert capsys.readouterr().out.count("validation after step") == 1
         return
@@ -1028,8 +1048,8 @@ def test_each_step_trains_its_own_side_and_logs_what_it_says(loss):
     cfg, generator, discriminator, (faces, c, wrong, z) = step_parts(loss=loss)
     fakes = generator(z, c)
     g_before, d_before = copy_of(generator), copy_of(discriminator)
-    real_phi, real_psi = (t.detach() for t in discriminator.read(faces))
-    fake_phi, fake_psi = (t.detach() for t in discriminator.read(fakes))
+    real_phi, real_psi = (t.detach() for t in discriminator(faces))
+    fake_phi, fake_psi = (t.detach() for t in discriminator(fakes))
     inner = lambda a, b: (a * b).sum(1)
     gap = 0.3 * inner(c, real_phi) + real_psi - 0.3 * inner(c, fake_phi) - fake_psi
     d_term, g_term = (0.3 * (inner(c, phi) - inner(wrong, phi)) * (loss == "relid")
@@ -1077,7 +1097,7 @@ def test_average_follows_the_generator():
 
 
 def test_gan_run_folder(drawn, trained):
-    assert {"settings.json", "log.jsonl", "last.pt", "metrics.json", "samples"} == {
+    assert {"settings.json", "log.jsonl", "last.pt", "previous.pt", "metrics.json", "samples"} == {
         p.name for p in drawn.iterdir()}
     assert [p.name for p in sorted((drawn / "samples").iterdir())] == ["000002.png", "000004.png"]
     log = [json.loads(line) for line in open(drawn / "log.jsonl")]
@@ -1224,9 +1244,9 @@ def test_generate_refuses_what_holds_no_voice(drawn, trained, tmp_path, capsys):
         assert v.main(["generate", str(tmp_path / "pause.wav"), *map(str, gan), "-n", "1",
                        "--seed", str(seed)]) == 0
     assert "no such checkpoint" in refused(capsys, "generate", tmp_path / "good.wav")
-    assert "not a checkpoint of gan-train" in refused(
+    assert "is a checkpoint of match-train, not of gan-train" in refused(
         capsys, "generate", tmp_path / "good.wav", "--gan", trained / "best.pt")
-    assert "not a checkpoint of match-train" in refused(
+    assert "is a checkpoint of gan-train, not of match-train" in refused(
         capsys, "gan-train", "--data", tmp_path, "--match", drawn / "last.pt")
 
 
@@ -1277,14 +1297,14 @@ def test_a_nan_stops_the_run_names_step_and_loss_and_keeps_the_checkpoint(
         real_follow(average, generator, step, decay)
 
     monkeypatch.setattr(v, "follow", follow)
-    assert "drawn faces are NaN" in refused(capsys, *argv)
+    assert "step 4: weights of generator are NaN" in refused(capsys, *argv, "--resume")
     assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 2
     assert len(list((tmp_path / "samples").iterdir())) == 1
 
 
 GAN_CHANGES = dict(loss="rel", steps=5, batch=8, seed=1, width=3, c_length=4.0, weight=0.7, lr=0.01,
                    d_lr=0.01, beta1=0.5, beta2=0.5, gamma=50.0, r1_every=3, decay=0.1, runs=3,
-                   eval_every=4, log_every=2)
+                   eval_every=4, save_every=3, log_every=2)
 
 
 @pytest.mark.parametrize("name", [f.name for f in fields(v.GanSettings)])
@@ -1306,21 +1326,25 @@ def test_every_setting_of_gan_train_matters(name, drawn, corpus, tmp_path, monke
         v.main(["gan-train", "--preset", "paper", "--lr", "0.5"])
         assert asdict(seen[0]) == asdict(v.GanSettings(
             **v.PAPER["gan-train"] | dict(preset="paper", lr=0.5)))
-    elif name in ("out", "workers"):  # and the same settings give the same run
-        v.gan_train(replace(base, out=str(tmp_path / "x y"), workers=int(name == "workers")))
+    elif name in ("out", "workers", "resume"):  # and the same settings give the same run
+        v.gan_train(replace(base, out=str(tmp_path / "x y"), workers=int(name == "workers"),
+                            resume=name == "resume"))  # in an empty folder: from the beginning
         assert left(tmp_path / "x y") == left(drawn)
     else:
         if name == "seed":  # of z itself
             drawn_z = []
             monkeypatch.setattr(v.Generator, "forward", lambda self, z, c, real=v.Generator.forward:
                                 drawn_z.append(z.clone()) or real(self, z, c))
-            for seed in (0, 0, 1):
-                v.gan_train(replace(base, out=str(tmp_path), seed=seed, steps=1, runs=1))
+            for i, seed in enumerate((0, 0, 1)):
+                v.gan_train(replace(base, out=str(tmp_path / str(i)), seed=seed, steps=1, runs=1))
             one, two, three = drawn_z[0], drawn_z[len(drawn_z) // 3], drawn_z[-len(drawn_z) // 3]
             assert torch.equal(one, two) and not torch.isclose(one, three).any()
             monkeypatch.undo()
         v.gan_train(replace(base, out=str(tmp_path), **{name: GAN_CHANGES[name]}))
-        assert left(tmp_path) != left(drawn)
+        if name == "save_every":
+            assert left(tmp_path) == left(drawn) and saved_step(tmp_path, "previous.pt") == 3
+        else:
+            assert left(tmp_path) != left(drawn)
 
 
 # ---- The report ----------------------------------------------------------------------------------
@@ -1576,6 +1600,455 @@ def test_report_says_what_it_cannot_fill(drawn, corpus, trained, tmp_path, capsy
         "--versus", tmp_path / "g" / "last.pt", "--out", tmp_path / "out2")
 
 
+# ---- Stop and go on ------------------------------------------------------------------------------
+
+
+def leaves(x, name=""):
+    """{path: leaf} of nested dicts, lists and tuples."""
+    if not isinstance(x, (dict, list, tuple)):
+        return {name: x}
+    items = x.items() if isinstance(x, dict) else enumerate(x)
+    return {path: leaf for key, y in items for path, leaf in leaves(y, f"{name}/{key}").items()}
+
+
+def left_by(out):
+    """All that a run leaves: every tensor of its checkpoints, pictures, metrics, log but for times."""
+    found = {}
+    for path in (out / "last.pt", out / "best.pt"):
+        if path.exists():
+            state = torch.load(path, weights_only=True)
+            for key in v.MAY_CHANGE:
+                state["settings"].pop(key, None)
+            if path.name == "last.pt":
+                state["counts"] = state["counts"][1:]  # the first is the log's length, with times
+            found |= leaves(state, path.name)
+    found["log"] = [{k: x for k, x in json.loads(line).items() if "per_s" not in k and "gb" not in k}
+                    for line in open(out / "log.jsonl")]
+    found["metrics"] = (out / "metrics.json").read_text()
+    return found | {p.name: p.read_bytes() for p in out.rglob("*.png")}
+
+
+def assert_equal_runs(a, b):
+    """Bit for bit."""
+    a, b = left_by(a), left_by(b)
+    assert set(a) == set(b) and any(isinstance(x, torch.Tensor) for x in a.values())
+    for key, x in a.items():
+        same = torch.equal(x, b[key]) if isinstance(x, torch.Tensor) else x == b[key]
+        assert same, key
+
+
+def tiny(command, corpus, match):
+    """A command line of 12 steps, without --out."""
+    return [command, "--data", str(corpus),
+            *(TINY if command == "match-train" else ["--match", str(match), *TINY_GAN]), "--steps",
+            "12", "--eval-every", "5", "--save-every", "4", "--log-every", "3", "--runs", "1"]
+
+
+@pytest.mark.parametrize("command", ["match-train", "gan-train"])
+def test_a_run_stopped_at_each_step_and_validation_equals_one_that_was_not(
+        command, corpus, trained, tmp_path, monkeypatch, capsys):
+    argv = tiny(command, corpus, trained / "best.pt")
+    assert v.main([*argv, "--out", str(tmp_path / "whole")]) == 0
+    usual, stops = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)], []
+    add, test = v.Run.add, v.embed_pairs
+
+    def stop_in_step(run, *args, **values):
+        add(run, *args, **values)
+        stops.append((run.step, signal.SIGTERM if run.step % 2 else signal.SIGINT))
+        os.kill(os.getpid(), stops[-1][1])
+
+    def stop_in_validation(*args):
+        if (stops[-1][0], "val") not in stops:
+            stops.append((stops[-1][0], "val"))
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(9)  # cut off
+        return test(*args)
+
+    monkeypatch.setattr(v.Run, "add", stop_in_step)
+    monkeypatch.setattr(v, "embed_pairs", stop_in_validation)
+    codes = []
+    while not codes or codes[-1]:
+        moved = tmp_path / f"part{len(codes)}"  # the folder may move in between
+        if codes:
+            (tmp_path / f"part{len(codes) - 1}").rename(moved)
+        codes.append(v.main([*argv, "--out", str(moved), "--resume"]))
+        if stops[-1][1] != "val":
+            assert saved_step(moved) == stops[-1][0]
+    # 12 steps, and the validations after 5, 10, 12
+    assert len(codes) == 16 and set(codes) == {130, 143, 0}
+    assert [step for step, what in stops if what != "val"] == list(range(1, 13))
+    assert [step for step, what in stops if what == "val"] == [5, 10, 12]
+    assert_equal_runs(tmp_path / "whole", moved)
+    assert usual == [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    assert "stopped; the same command with --resume goes on" in capsys.readouterr().err
+    # a finished run that is resumed is tested again
+    monkeypatch.undo()
+    assert v.main([*argv, "--out", str(moved), "--resume"]) == 0
+    assert_equal_runs(tmp_path / "whole", moved)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_in_a_real_process_with_a_loader(number, corpus, tmp_path):
+    """As a terminal or a batch system does it: to the whole process group, loaders included."""
+    process = subprocess.Popen(
+        [sys.executable, FILE, "match-train", "--data", corpus, "--out", tmp_path, *TINY, "--steps",
+         "100000", "--eval-every", "100000", "--workers", "1", "--log-every", "10"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    for line in process.stdout:
+        if line.startswith("step 30/"):
+            break
+    os.killpg(process.pid, number)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 128 + number and err.count("\n") == 1 and "--resume" in err
+    assert f"stopped after step {saved_step(tmp_path)}" in out
+
+
+def kill(times, folder, seed=None):
+    """Kill real processes at random moments; the runs must end as those that were left alone.
+
+    Each is forked from this one, which has torch in memory but has not used its threads.
+    """
+    torch.set_num_threads(1)
+    seed = seed or random.randrange(10**6)
+    rng, numbers = random.Random(seed), [signal.SIGKILL] * 3 + [signal.SIGTERM, signal.SIGINT]
+    print(f"{times} kills, seed {seed}")
+
+    def process(argv, wait=None):
+        pid = os.fork()
+        if pid == 0:
+            code = 99
+            try:
+                for stream in (1, 2):
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+                code = v.main(argv)
+            finally:
+                os._exit(code)
+        if wait is not None:
+            time.sleep(wait)
+            os.kill(pid, rng.choice(numbers))
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+    plain_corpus(folder / "data", 6)
+    for command in ("match-train", "gan-train"):
+        argv = [*tiny(command, folder / "data", folder / "match-train" / "best.pt"),
+                "--steps", "24", "--save-every", "2"]
+        kills, runs, started = 0, 0, time.time()
+        assert process([*argv, "--out", str(folder / command)]) == 0
+        seconds, steps = time.time() - started, []
+        while 2 * kills < times:
+            out, runs, code = folder / f"{command}{runs}", runs + 1, None
+            while code != 0:
+                wait = rng.uniform(0, 1.2 * seconds) if 2 * kills < times else None
+                code = process([*argv, "--out", str(out), "--resume"], wait)
+                assert code in (0, 130, 143, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT), code
+                kills += code != 0
+                names = [name for name in ("last.pt", "previous.pt") if (out / name).exists()]
+                steps.append(saved_step(out, names[0]) if names else 0)
+            assert_equal_runs(folder / command, out)
+        print(f"{command}: {kills} kills in {runs} runs, each bit for bit equal to one left alone; "
+              f"steps saved at the kills: {steps}")
+
+
+def test_runs_killed_at_random_moments_equal_runs_left_alone():
+    """A few only: `python test_voice2face.py kill 40` makes more of them."""
+    done = subprocess.run([sys.executable, __file__, "kill", "6"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert sum(int(n) for n in re.findall(r": (\d+) kills", done.stdout)) >= 6
+
+
+@pytest.fixture
+def half(corpus, tmp_path):
+    """(command line, folder) of a run stopped after step 8 of 12, and one that was not, `whole`."""
+    argv = tiny("match-train", corpus, None)
+    assert v.main([*argv, "--out", str(tmp_path / "whole")]) == 0
+    add = v.Run.add
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(v.Run, "add", lambda run, *a, **k: add(run, *a, **k) or (
+            run.step == 8 and os.kill(os.getpid(), signal.SIGTERM)))
+        assert v.main([*argv, "--out", str(tmp_path / "half")]) == 143
+    assert [saved_step(tmp_path / "half", n) for n in ("last.pt", "previous.pt")] == [8, 5]
+    return [*argv, "--out", str(tmp_path / "half"), "--resume"], tmp_path / "half"
+
+
+def damage(kind, path):
+    """Harm a file as a broken disk, a copy cut short, or a kill between two renames would."""
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:  # the middle of its largest tensor
+        info = max(archive.infolist(), key=lambda info: info.file_size)
+    if kind == "missing":
+        return path.unlink()
+    if kind == "one bit":
+        content[info.header_offset + 200 + info.file_size // 2] ^= 1
+    elif kind == "zeros":
+        content[len(content) // 2:] = bytes(len(content) - len(content) // 2)
+    path.write_bytes(content[:len(content) // 2] if kind == "cut" else
+                     b"" if kind == "empty" else content)
+
+
+@pytest.mark.parametrize("kind", ["missing", "cut", "empty", "zeros", "one bit"])
+def test_a_damaged_checkpoint_leaves_the_one_before_in_use(kind, half, tmp_path, capsys):
+    argv, out = half
+    damage(kind, out / "last.pt")
+    assert v.main(argv) == 0
+    said = capsys.readouterr().err
+    assert "last.pt: " in said and f"going on from {out / 'previous.pt'}, step 5" in said
+    assert_equal_runs(tmp_path / "whole", out)
+
+
+def test_two_damaged_checkpoints_are_an_error(half, capsys):
+    argv, out = half
+    for name in ("last.pt", "previous.pt"):
+        damage("cut", out / name)
+    assert "half/last.pt: not a checkpoint of match-train, or damaged" in refused(capsys, *argv)
+
+
+def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint(half, tmp_path, capsys):
+    argv, out = half
+    before, limits = (out / "last.pt").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        line = refused(capsys, *argv)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    # the validation after step 10 writes both
+    assert re.search(r"(best|last)\.pt: cannot be written \(.*\); the checkpoint before", line)
+    assert (out / "last.pt").read_bytes() == before and not list(out.glob("*.part"))
+    assert v.main(argv) == 0
+    assert_equal_runs(tmp_path / "whole", out)
+
+
+def test_resume_names_settings_that_contradict_and_lets_others_change(half, corpus, tmp_path,
+                                                                      capsys):
+    argv, out = half
+    before = left = (out / "last.pt").read_bytes()
+    for change, said in ((["--lr", "0.07", "--k", "5"], "--k 4, not 5, --lr 0.05, not 0.07"),
+                         (["--steps", "13"], "--steps 12, not 13"),
+                         (["--preset", "paper"], "--preset small, not paper")):
+        line = refused(capsys, *argv, *change)
+        assert f"--resume: the run in {out} has " in line and said in line
+    line = refused(capsys, *[a for a in argv if a != "--resume"])
+    assert "holds an unfinished run" in line and "--resume" in line
+    assert left == before == (out / "last.pt").read_bytes()
+    (tmp_path / "moved").symlink_to(corpus)
+    assert v.main([*argv, "--data", str(tmp_path / "moved"), "--workers", "1", "--log-every", "3",
+                   "--save-every", "1"]) == 0
+    assert_equal_runs(tmp_path / "whole", out)
+    assert "holds a finished run" in refused(capsys, *[a for a in argv if a != "--resume"])
+
+
+def test_gan_resume_wants_the_same_encoders(corpus, trained, drawn, tmp_path, capsys):
+    out = tmp_path / "gan"
+    shutil.copytree(drawn, out)
+    v.main(["match-train", "--data", str(corpus), "--out", str(tmp_path / "m"), *TINY, "--seed",
+            "5", "--steps", "1"])
+    argv = ["gan-train", "--data", corpus, *TINY_GAN, "--out", out, "--resume", "--match"]
+    assert "has other encoders than --match" in refused(capsys, *argv, tmp_path / "m" / "best.pt")
+    shutil.copy(trained / "best.pt", tmp_path / "copy.pt")
+    assert v.main([str(a) for a in [*argv, tmp_path / "copy.pt"]]) == 0
+
+
+def test_chance_is_a_function_of_seed_and_batch():
+    draw = lambda *a: torch.rand(4, generator=v.step_generator(*a)).tolist()
+    assert draw(3, 7) == draw(3, 7)
+    seeds = [(3, 7), (3, 8), (4, 7), (3 + 2**32, 7), (7, 3), (2**63 - 1, 7)]
+    assert len({tuple(draw(*s)) for s in seeds}) == len(seeds)
+
+
+# ---- Several processes ---------------------------------------------------------------------------
+
+SPY = f"""
+import os, sys
+sys.path.insert(0, {str(FILE.parent)!r})
+import torch, voice2face as v
+torch.set_num_threads(1)
+out, rank, seen = sys.argv[1], os.environ["RANK"], []
+add, batches = v.Run.add, v.Run.batches
+
+def spy_batches(run, *args):
+    for i, batch in batches(run, *args):
+        seen.append((i, batch.identity))
+        yield i, batch
+
+def spy_add(run, *args, **values):
+    add(run, *args, **values)
+    nets = {{name: part for name, part in run.parts.items() if isinstance(part, torch.nn.Module)}}
+    torch.save(dict(seen=seen, weights={{n: dict(x.named_parameters()) for n, x in nets.items()}},
+                    grads={{n: [p.grad for p in x.parameters()] for n, x in nets.items()}}),
+               f"{{out}}/rank{{rank}}-{{run.step}}.pt")
+
+v.Run.add, v.Run.batches = spy_add, spy_batches
+sys.exit(v.main(sys.argv[2:]))
+"""
+
+
+def torchrun(*argv, **more):
+    """Two processes on the CPU, as the README has it."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]  # free
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+         f"--master-port={port}", *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, **more)
+
+
+def spied(tmp_path, *argv):
+    """[[what rank r had after step s] for both ranks] of a run in two processes."""
+    (tmp_path / "spy.py").write_text(SPY)
+    process = torchrun(tmp_path / "spy.py", tmp_path, *argv)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    steps = len(list(tmp_path.glob("rank0-*.pt")))
+    found = [[torch.load(tmp_path / f"rank{r}-{s + 1}.pt") for s in range(steps)] for r in range(2)]
+    assert out.count(f"step {steps}/{steps}") == 1  # one of them speaks
+    for one, other in zip(*found):
+        assert not set(one["seen"][-1][1].tolist()) & set(other["seen"][-1][1].tolist())
+        for a, b in ((one["weights"], other["weights"]), (one["grads"], other["grads"])):
+            a, b = leaves(a), leaves(b)
+            assert all(torch.equal(a[k], b[k]) for k in a if a[k] is not None) and len(a) > 10
+    assert [i for i, _ in found[0][-1]["seen"]] == list(range(0, 2 * steps, 2))
+    assert [i for i, _ in found[1][-1]["seen"]] == list(range(1, 2 * steps, 2))
+    return found
+
+
+def close(got, expected):
+    """Whether gradients agree, but for rounding."""
+    return all(torch.allclose(a, b, atol=1e-5, rtol=1e-3) for a, b in zip(got, expected,
+                                                                          strict=True))
+
+
+def test_two_processes_train_the_encoders_on_the_mean_of_their_losses(corpus, tmp_path):
+    argv = ["match-train", "--data", corpus, *TINY, "--max-norm", "1e9", "--out", tmp_path / "o"]
+    found = spied(tmp_path, *argv)
+    cfg = v.MatchSettings(**json.loads((tmp_path / "o/settings.json").read_text()))
+    torch.manual_seed(cfg.seed)
+    encoders = v.make_encoders(cfg, torch.device("cpu"))
+    pairs = v.Pairs(v.open_corpus(corpus, 4)["train"], cfg.seconds, cfg.size, cfg.batch, 0, True)
+    for encoder, x in zip(encoders, v.to_device(pairs[0], "cpu")):
+        v.centre_head(encoder, x)
+    loss = 0.0
+    for i in range(2):  # each with its own negatives and batch statistics
+        candidates = v.draw_candidates(pairs[i].identity, cfg.k, v.step_generator(cfg.seed, i))
+        embedded = [encoder(x) for encoder, x in zip(encoders, v.to_device(pairs[i], "cpu"))]
+        loss = loss + v.match_loss(*embedded, candidates, cfg.direction)[0] / 2
+    loss.backward()
+    for name, encoder in zip(("speech", "face"), encoders):
+        assert close(found[0][0]["grads"][name], [p.grad for p in encoder.parameters()])
+    assert {"best.pt", "last.pt", "log.jsonl", "metrics.json"} <= {
+        p.name for p in (tmp_path / "o").iterdir()}
+
+
+def test_two_processes_train_generator_and_discriminator_on_the_mean_of_their_losses(
+        corpus, trained, tmp_path):
+    argv = ["gan-train", "--data", corpus, "--match", trained / "best.pt", *TINY_GAN, "--d-lr", "0",
+            "--r1-every", "1", "--steps", "2", "--out", tmp_path / "o"]
+    found = spied(tmp_path, *argv)
+    cfg, cpu = v.GanSettings(**json.loads((tmp_path / "o/settings.json").read_text())), "cpu"
+    match, encoders = v.load_match(trained / "best.pt", torch.device(cpu))
+    torch.manual_seed(cfg.seed)
+    gan = v.make_gan(cfg, match, encoders, cpu)
+    discriminator = v.Discriminator(gan.face_encoder, cfg.weight)
+    pairs = v.Pairs(v.open_corpus(corpus, 2)["train"], match.seconds, match.size, cfg.batch, 0, True)
+    sums = {"d": 0, "g": 0}
+    for i in range(2):
+        rng, (speech, faces) = v.step_generator(cfg.seed, i), v.to_device(pairs[i], cpu)
+        c = gan.speech_encoder(speech)
+        wrong = c[v.draw_candidates(pairs[i].identity, 2, rng)[:, 1]]
+        fakes = gan.generator(torch.randn(len(c), v.EMBED, generator=rng), c)
+        still = [torch.optim.SGD(x.parameters(), 0.0) for x in (discriminator, gan.generator)]
+        v.d_step(discriminator, still[0], faces, fakes, c, wrong, cfg, penalise=True)
+        v.g_step(discriminator, still[1], faces, fakes, c, wrong, cfg)
+        for name, net in (("d", discriminator), ("g", gan.generator)):
+            flat = torch.cat([p.grad.flatten() for p in net.parameters()])
+            sums[name] = sums[name] + flat / 2
+    for name, expected in sums.items():
+        assert close([torch.cat([g.flatten() for g in found[0][0]["grads"][name]])], [expected])
+
+
+def test_two_processes_stop_together_and_go_on(corpus, tmp_path, capsys):
+    argv = [FILE, *tiny("match-train", corpus, None), "--steps", "100", "--eval-every", "100",
+            "--log-every", "5", "--out"]
+    whole = torchrun(*argv, tmp_path / "whole")
+    assert whole.wait(timeout=120) == 0
+    part = torchrun(*argv, tmp_path / "part", start_new_session=True)
+    for line in part.stdout:
+        if line.startswith("step 10/"):
+            break
+    part.terminate()
+    part.communicate(timeout=60)
+    assert 10 <= saved_step(tmp_path / "part") < 100
+    line = refused(capsys, *argv[1:], tmp_path / "part", "--resume")
+    assert "2 processes, not 1" in line
+    again = torchrun(*argv, tmp_path / "part", "--resume")
+    out, err = again.communicate(timeout=120)
+    assert again.returncode == 0, err
+    assert_equal_runs(tmp_path / "whole", tmp_path / "part")
+
+
+# ---- A GPU's way of working, tried on the CPU ----------------------------------------------------
+
+
+def test_bfloat16_changes_little_and_spares_r1(corpus, trained, tmp_path, monkeypatch):
+    kinds, penalty, halved = set(), v.r1_penalty, []
+    hook = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, x, y: kinds.add(y.dtype) if isinstance(module, torch.nn.Conv2d) else None)
+    monkeypatch.setattr(v, "r1_penalty", lambda *args: halved.append(
+        torch.is_autocast_enabled("cpu")) or penalty(*args))
+    for command in ("match-train", "gan-train"):
+        argv, compared = [*tiny(command, corpus, trained / "best.pt"), "--log-every", "1"], 0
+        assert v.main([*argv, "--out", str(tmp_path / command)]) == 0
+        kinds.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(v, "autocast", lambda device: torch.autocast("cpu", torch.bfloat16))
+            assert v.main([*argv, "--out", str(tmp_path / f"{command}16")]) == 0
+        assert torch.bfloat16 in kinds
+        full, half = (left_by(tmp_path / f"{command}{n}") for n in ("", "16"))
+        for a, b in zip(full["log"][:4], half["log"][:4], strict=True):
+            for key in a.keys() & {"loss", "loss_d", "loss_g", "match_real", "r1"}:
+                assert a[key] == pytest.approx(b[key], rel=0.05, abs=0.05)
+                compared += a[key] != b[key]
+        assert compared
+        assert {x.dtype for key, x in half.items()
+                if key.endswith(".weight")} == {torch.float32}
+    hook.remove()
+    assert halved and not any(halved)
+
+
+class Reads(torch.utils._python_dispatch.TorchDispatchMode):
+    """Notes every operation that a GPU's host would have to wait for."""
+
+    found = ()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "equal", "is_nonzero",
+                                            "masked_select", "_unique2"):
+            self.found += (str(func),)
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_step_reads_a_number_from_the_device(tmp_path):
+    cfg, generator, discriminator, (faces, c, wrong, z) = step_parts()
+    encoders = v.SpeechEncoder(2, 8), v.FaceEncoder(16, 2)
+    optimizers = [torch.optim.SGD(x.parameters(), 0.1) for x in (generator, discriminator)]
+    run = v.Run("match-train", v.MatchSettings(out=str(tmp_path)), torch.device("cpu"), {})
+    with Reads() as reads:
+        run.values.clear()
+    with reads:
+        loss, hits = v.match_loss(encoders[0](torch.randn(6, 4000)), encoders[1](faces),
+                                  torch.arange(6).repeat(6, 1), "v-f")
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(encoders[0].parameters(), 1.0)
+        fakes = generator(z, c)
+        numbers = v.d_step(discriminator, optimizers[1], faces, fakes, c, wrong, cfg, True)
+        numbers |= v.g_step(discriminator, optimizers[0], faces, fakes, c, wrong, cfg)
+        v.follow(generator, generator, 1, 0.9)
+        run.add(6, loss=loss, accuracy=hits, **numbers)
+    assert reads.found == ()
+    with reads:  # the line does, once for each of its numbers
+        run.write()
+    assert len(reads.found) >= 1 or run.values == {}
+
+
 # ---- throughput ----------------------------------------------------------------------------------
 
 
@@ -1637,5 +2110,9 @@ def bench_analyses(clips=140_000):
 
 
 if __name__ == "__main__":
-    sys.exit(bench() if sys.argv[1:2] == ["bench"]
-             else pytest.main([__file__, "-q", *sys.argv[1:]]))
+    if sys.argv[1:2] == ["kill"]:
+        with tempfile.TemporaryDirectory() as scratch:
+            kill(int(sys.argv[2]), Path(scratch))
+    else:
+        sys.exit(bench() if sys.argv[1:2] == ["bench"]
+                 else pytest.main([__file__, "-q", *sys.argv[1:]]))

@@ -977,7 +977,7 @@ class SincConv(nn.Module):
         # stride 1, no faster for 64; not tried on a GPU [ours].
         s, p, L = self.stride, 8 if x.device.type == "cpu" else 1, -(-x.shape[1] // self.stride)
         g = torch.stack([F.pad(self.filters(), (i * s, (p - 1 - i) * s)) for i in range(p)], 1)
-        x = F.pad(pad_same(x[:, None], self.taps), (0, -L % p * s))  # (B, T) -> (B, 1, T + N - 1 + rest)
+        x = F.pad(pad_same(x[:, None], self.taps), (0, -L % p * s))  # (B, T) -> (B, 1, T + N + ..)
         y = F.conv1d(x, g.flatten(0, 1)[:, None], stride=p * s)  # (B, C p, L / p)
         y = y.unflatten(1, (-1, p)).permute(0, 3, 2, 1)  # (B, L / p, p, C)
         return y.flatten(1, 2)[:, :L].mT  # (B, C, L)
@@ -1365,19 +1365,20 @@ def peak_memory(device):
 
 
 class Run:
-    """A training run in its folder: deals batches, logs, saves, validates, can be stopped any time.
+    """A training run in its folder: deals batches, logs, saves, validates, may be stopped any time.
 
     `parts` are the modules, optimisers and schedules that training changes. All chance is a pure
-    function of seed and batch number, so with step and best validation they are all of its state.
-    Under torchrun each process has a Run; the first one writes.
+    function of seed and batch number: with the step and the best validation they are the whole
+    state. Under torchrun each process has a Run, and the first one writes.
     """
 
     def __init__(self, command, cfg, device, parts, state=None, unit="clips", **more):
         self.cfg, self.device, self.parts, self.unit = cfg, device, parts, unit
-        (self.rank, self.processes), self.out = processes(), Path(cfg.out)
-        self.fixed = dict(command=command, settings=asdict(cfg), processes=self.processes, **more)
-        self.step, self.best, self.faults, self.values = 0, -1.0, FaultCounter(), {}
-        self.clips, self.since, self.signal, self.saved, length = 0, time.time(), 0, True, 0
+        (self.rank, self.count), self.out = processes(), Path(cfg.out)
+        self.fixed = dict(command=command, settings=asdict(cfg), processes=self.count, **more)
+        self.step, self.best, self.values, self.clips = 0, -1.0, {}, 0
+        self.faults, self.since, self.signal, self.saved = FaultCounter(), time.time(), 0, True
+        length = 0  # of log.jsonl in bytes
         if state:
             for name, part in parts.items():
                 part.load_state_dict(state[name])
@@ -1389,60 +1390,60 @@ class Run:
         if self.rank == 0:
             write_json(self.out / "settings.json", asdict(cfg))
             self.file = open(self.out / "log.jsonl", "ab")
-            self.file.truncate(min(length, self.file.tell()))  # later lines will be written again
+            self.file.truncate(min(length, self.file.tell()))  # what follows is written again
 
     def batches(self, pairs, check):
         """(number, batch) from where the run stands to its end; check() validates in between."""
-        todo = range(self.step * self.processes + self.rank, self.cfg.steps * self.processes,
-                     self.processes)
-        usual = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
+        todo = range(self.step * self.count + self.rank, self.cfg.steps * self.count, self.count)
+        usual = {number: signal.signal(number, self.note)
+                 for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            if self.step and self.validating():
-                self.validate(check)  # the stop may have cut it off
-            self.since = time.time()
+            if self.step:
+                self.validate(check)  # which the stop may have cut off
             for i, batch in zip(todo, load_batches(pairs, todo, self.cfg.workers)):
                 self.faults.add(batch)
                 self.saved = False
                 yield i, batch
-                self.pause(check)
+                self.pause()
+                self.validate(check)
         finally:
             for number, handler in usual.items():
                 signal.signal(number, handler)
 
     def note(self, number, frame):
-        """Ctrl-C or SIGTERM: the step in progress is finished and saved first."""
+        """Ctrl-C or SIGTERM: a step in progress is finished and saved first."""
         self.signal = number
         if self.saved:
             raise KeyboardInterrupt(number)
 
     def add(self, clips, **values):
         """Count a step and keep its numbers as they are: none is read before its line is written."""
-        self.step, self.clips = self.step + 1, self.clips + clips * self.processes
+        self.step, self.clips = self.step + 1, self.clips + clips * self.count
         for name, value in values.items():
             self.values.setdefault(name, []).append((self.step, value.detach()))
 
-    def validating(self):
-        return self.step % self.cfg.eval_every == 0 or self.step == self.cfg.steps
+    def due(self, every):
+        """Whether what is done `every` so many steps, and after the last one, is due."""
+        return self.step % every == 0 or self.step == self.cfg.steps
 
-    def pause(self, check):
-        """After a step: write its line, save, stop and validate where that is due."""
-        if self.validating() or self.step % self.cfg.log_every == 0:
-            self.write()
-        stop = torch.tensor(self.signal)
-        if self.processes > 1:  # all stop after the same step
+    def pause(self):
+        """After a step: write its line, save, stop, where that is due."""
+        cfg, stop = self.cfg, torch.tensor(self.signal)
+        if self.count > 1:  # all stop after the same step
             distributed.all_reduce(stop, distributed.ReduceOp.MAX)
-        if stop or self.validating() or self.step % self.cfg.save_every == 0:
+        if self.due(cfg.log_every) or self.due(cfg.eval_every):
+            self.write()
+        if stop or self.due(cfg.save_every) or self.due(cfg.eval_every):
             self.save()
         if stop:
-            self.progress.say(f"stopped after step {self.step}; --resume goes on from there")
+            self.progress.say(f"stopped after step {self.step}")
             raise KeyboardInterrupt(int(stop))
-        if self.validating():
-            self.validate(check)
 
     def validate(self, check):
-        if self.rank == 0:
+        """Validate, in the first process, where that is due."""
+        if self.due(self.cfg.eval_every) and self.rank == 0:
             check()
-        self.since = time.time()  # clips_per_s is of training alone
+            self.since = time.time()  # clips_per_s is of training alone
 
     def means(self):
         """{name: mean since the last line}; raises UserError at the first number that is none."""
@@ -1468,7 +1469,7 @@ class Run:
         self.values, self.clips, self.since = {}, 0, time.time()
 
     def record(self, line):
-        """Add a line to log.jsonl as it is."""
+        """Add a line to log.jsonl."""
         if self.rank == 0:
             self.file.write(json.dumps(line).encode() + b"\n")
             self.file.flush()
@@ -1477,8 +1478,9 @@ class Run:
         """Write last.pt; the one before it stays as previous.pt."""
         self.means()
         for name, part in self.parts.items():
-            if isinstance(part, nn.Module) and not all(p.isfinite().all() for p in part.parameters()):
-                raise diverged(f"step {self.step}: the weights of {name} are NaN")
+            if isinstance(part, nn.Module) and not all(x.isfinite().all()
+                                                       for x in part.parameters()):
+                raise diverged(f"step {self.step}: weights of {name} are NaN")
         if self.rank == 0:
             save_checkpoint(self.out / "last.pt", self.parts, self.out / "previous.pt",
                             **self.fixed, step=self.step, best=self.best, values=self.values,
@@ -1498,30 +1500,30 @@ def processes():
 
 
 def pick_device(name):
-    """The torch device of --device; raises UserError where there is no such."""
+    """The torch device of --device; raises UserError where there is no such.
+
+    Under torchrun it is one of several GPUs, and the processes meet here: what is on the CPU
+    travels between them by gloo, what is on a GPU by nccl.
+    """
     name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun: a GPU for each process
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         torch.zeros(1, device=name).item()
-        torch.backends.cudnn.benchmark = True  # all batches have one shape: try what is fastest
-        return torch.device(name)
     except (RuntimeError, AssertionError) as e:
         reason = str(e).splitlines()[0]
         raise UserError(f"--device {name}: not available here, use cpu or auto ({reason})") from e
+    torch.backends.cudnn.benchmark = True  # batches have one shape: it pays to try all algorithms
+    if processes()[1] > 1:
+        distributed.init_process_group(
+            "cpu:gloo,cuda:nccl" if name.startswith("cuda") else "gloo",
+            timeout=datetime.timedelta(days=1))  # the others wait while the first one validates
+    return torch.device(name)
 
 
 def autocast(device):
-    """On a GPU layers compute in bfloat16, for which it has more arithmetic; weights stay float32."""
+    """On a GPU layers compute in bfloat16, where it has most arithmetic; weights stay float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-
-
-def join(device):
-    """Meet the other processes of torchrun. CPU tensors travel by gloo, a GPU's by nccl."""
-    if processes()[1] > 1:
-        distributed.init_process_group(
-            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            timeout=datetime.timedelta(days=1))  # for the first may take long to validate
 
 
 def share(module):
@@ -1618,10 +1620,12 @@ def open_run(cfg, command):
         if path.name != "last.pt":
             reason = faults[0] if faults else f"{out / 'last.pt'}: missing"
             print(f"{reason}; going on from {path}, step {state['step']}", file=sys.stderr)
-        now = asdict(cfg) | {"processes": processes()[1]}
+        now = asdict(cfg)
         wrong = [f"{flag(name)} {value}, not {now.get(name)}"
-                 for name, value in [*state["settings"].items(), ("processes", state["processes"])]
+                 for name, value in state["settings"].items()
                  if name not in MAY_CHANGE and value != now.get(name)]
+        if state["processes"] != processes()[1]:
+            wrong.append(f"{state['processes']} processes, not {processes()[1]}")
         if wrong:
             raise UserError(f"--resume: the run in {out} has {', '.join(wrong)}")
         return state
@@ -1715,7 +1719,6 @@ def find_corpus(cfg):
 def match_train(cfg):
     """Train S and F label-free on Eq. 1, keep the pair that validates best, test that one."""
     device = pick_device(cfg.device)
-    join(device)
     find_corpus(cfg)
     corpus, labels = open_corpus(cfg.data, cfg.k), read_labels(cfg.data)
     state, out = open_run(cfg, "match-train"), Path(cfg.out)
@@ -1729,7 +1732,8 @@ def match_train(cfg):
 
     def check():
         val = validate(encoders, corpus["val"], cfg, run.faults, device)
-        run.progress.say(f"validation after step {run.step}: {cfg.direction} {cfg.k}-way {val:.1f} %")
+        run.progress.say(f"validation after step {run.step}: "
+                         f"{cfg.direction} {cfg.k}-way {val:.1f} %")
         if val > run.best:
             run.best = val
             save_checkpoint(out / "best.pt", weights, step=run.step, val=val, **run.fixed)
@@ -1776,7 +1780,6 @@ def match_test(args):
 def gan_train(cfg):
     """Train G and D on a frozen S [paper §3.2]; what is kept and tested is the average of G."""
     device = pick_device(cfg.device)
-    join(device)
     match, encoders = load_match(cfg.match, device)
     side = PAPER["match-train"]["size"]
     if cfg.preset == "paper" and match.size != side:
@@ -1969,8 +1972,8 @@ def print_metrics(metrics):
 
 
 @torch.no_grad()
-def draw_examples(encoders, people, cfg, path, device, rows=4, cell=100):
-    """Picture the V-F task: voices, p(f_j | s) of Eq. 1 for K faces, the true one framed green."""
+def draw_examples(encoders, people, cfg, path, device, rows=4):
+    """Picture the V-F task: a voice per row, K faces, over each p(f_j | s) of Eq. 1."""
     k = min(max(TEST_KS), len(people))
     pairs = Pairs(people, cfg.seconds, cfg.size, min(max(k, cfg.batch), len(people)),
                   cfg.seed, shuffle=True)
@@ -1978,33 +1981,16 @@ def draw_examples(encoders, people, cfg, path, device, rows=4, cell=100):
     if batch.speech is None:
         return
     k = min(k, len(batch.identity.unique()))
-    candidates = draw_candidates(batch.identity, k, generator)
+    candidates = draw_candidates(batch.identity, k, generator)  # (B, K)
     embedded = [net.eval()(x).cpu() for net, x in zip(encoders, to_device(batch, device))]
     chances = match_logits(*embedded, candidates, "v-f").softmax(1)  # (B, K)
-    rows = min(rows, len(batch.identity))
-    picture = Image.new("RGB", ((k + 2) * cell, rows * (cell + 24) + 30), "white")
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(14)
-    draw.text((10, 8), "a voice", "black", font)
-    title = f"{k} faces and p(face | voice) of each; its own framed"
-    draw.text((2 * cell + 4, 8), title, "black", font)
-    for row in range(rows):
-        top, x = row * (cell + 24) + 34, batch.speech[row]
-        bars = x.abs().tensor_split(2 * cell - 20)  # one per column of pixels
-        for i, height in enumerate((torch.stack([b.max() for b in bars]) / x.abs().max()).tolist()):
-            middle, half = top + cell // 2, max(1, 0.45 * cell * height)
-            draw.line([(10 + i, middle - half), (10 + i, middle + half)], (70, 90, 140))
-        order = torch.randperm(k, generator=generator).tolist()
-        for column, j in enumerate(order, start=2):
-            face = Image.fromarray(batch.faces[candidates[row, j]].numpy())
-            face = face.resize((cell - 8, cell - 8))
-            if j == 0:
-                box = (column * cell, top - 4, (column + 1) * cell - 1, top + cell - 5)
-                draw.rectangle(box, (40, 170, 80))
-            picture.paste(face, (column * cell + 4, top))
-            text, best = f"{100 * chances[row, j]:.0f} %", chances[row, j] == chances[row].max()
-            where = ((column + 0.5) * cell, top + cell + 5)
-            draw.text(where, text, "black" if best else (150, 150, 150), font, anchor="mm")
-    picture.save(path)
+    faces, notes = to_pixels(batch.faces, "cpu"), []  # (B, 3, H, W)
+    orders = [torch.randperm(k, generator=generator) for _ in batch.identity[:rows]]
+    for row, order in enumerate(orders):
+        notes.append([f"{100 * chances[row, j]:.0f} %{', its own' if j == 0 else ''}"
+                      for j in order])
+    draw_grid(path, [faces[candidates[row, order]] for row, order in enumerate(orders)], notes,
+              ["p(face | voice)"])
 
 
 @torch.no_grad()
@@ -2060,19 +2046,22 @@ def preference(c, faces, others):
 def draw_grid(path, rows, names, heads, least=128):
     """A picture of faces: rows of (n, 3, H, W), each under its name, each column under its head.
 
-    Faces smaller than `least` pixels are enlarged by a whole factor, each pixel becoming a square.
+    A name may be a list, too: one for each face. Faces smaller than `least` pixels are enlarged by
+    a whole factor, each pixel becoming a square.
     """
     font, side = ImageFont.load_default(14), rows[0].shape[-1]
     side *= max(1, least // side)
     cell, line = side + 4, 24
-    width = max([max(map(len, rows)) * cell, *(int(font.getlength(name)) + 8 for name in names)])
+    names = [[name] if isinstance(name, str) else name for name in names]
+    width = max([max(map(len, rows)) * cell, *(int(font.getlength(name[0])) + 8 for name in names)])
     picture = Image.new("RGB", (width, line + len(rows) * (cell + line)), "white")
     draw = ImageDraw.Draw(picture)
     for i, head in enumerate(heads):
         draw.text((i * cell + cell // 2, line // 2), head, "black", font, anchor="mm")
     for j, (faces, name) in enumerate(zip(rows, names)):
         top = line + j * (cell + line)
-        draw.text((4, top + line // 2), name, (90, 90, 90), font, anchor="lm")
+        for i, text in enumerate(name):
+            draw.text((4 + i * cell, top + line // 2), text, (90, 90, 90), font, anchor="lm")
         pixels = ((faces.cpu() + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
         for i, face in enumerate(pixels.numpy()):  # (n, H, W, 3)
             face = Image.fromarray(face).resize((side, side), Image.Resampling.NEAREST)
@@ -2615,22 +2604,10 @@ does not count; the paper adds that true faces are more varied than generated on
        ["--versus's to the true one" + no_versus, cell("versus/preferred"), "47.2 % (rel)"],
        ["this face to --versus's" + no_versus, cell("versus/over"), "79.68 %"])}
 
-## Figure 2: voices by z
-
-Rows: voices, beside the speaker's true face; columns: the same z for all.
+## Figures 2 to 4: voices by z, then from one voice to another with one z, then from z to z
 
 ![grid](grid.png)
-
-## Figure 3: between two voices, z fixed
-
-From the condition of one voice to that of another, linearly, with one z.
-
 ![between two voices](between_voices.png)
-
-## Figure 4: between two z, voice fixed
-
-From one z to another, linearly, with the condition of one voice.
-
 ![between two z](between_z.png)
 
 ## Figure 5: do like voices get like faces?
@@ -2776,21 +2753,22 @@ def main(argv=None):
         else:
             return int(check_data(**data, **asdict(cfg)) > 0)
     except UserError as e:
-        print(f"voice2face: error: {e}", file=sys.stderr)
-        return 2
+        error = e
     except OSError as e:
-        print(f"voice2face: error: {e.filename or 'file'}: {e.strerror or e}", file=sys.stderr)
-        return 2
+        error = f"{e.filename or 'file'}: {e.strerror or e}"
     except torch.OutOfMemoryError as e:
-        print(f"voice2face: error: out of GPU memory, try a smaller --batch ({str(e).splitlines()[0]})", file=sys.stderr)
-        return 2
+        error = f"out of GPU memory, try a smaller --batch ({e})".splitlines()[0]
     except KeyboardInterrupt as e:
-        print(f"voice2face: stopped{'; --resume goes on' if hasattr(cfg, 'resume') else ''}", file=sys.stderr)
+        more = "; the same command with --resume goes on" if hasattr(cfg, "resume") else ""
+        print(f"voice2face: stopped{more}", file=sys.stderr)
         return 128 + (e.args[0] if e.args else signal.SIGINT)
+    else:
+        return 0
     finally:
         if distributed.is_initialized():
             distributed.destroy_process_group()
-    return 0
+    print(f"voice2face: error: {error}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":
