@@ -1713,7 +1713,7 @@ def kill(times, folder, seed=None):
     rng, numbers = random.Random(seed), [signal.SIGKILL] * 3 + [signal.SIGTERM, signal.SIGINT]
     print(f"{times} kills, seed {seed}")
 
-    def process(argv, wait=None):
+    def process(argv, log=None):
         pid = os.fork()
         if pid == 0:
             code = 99
@@ -1723,23 +1723,31 @@ def kill(times, folder, seed=None):
                 code = v.main(argv)
             finally:
                 os._exit(code)
-        if wait is not None:
-            time.sleep(wait)
+        if log and rng.random() < 0.3:
+            time.sleep(rng.uniform(0, seconds))
+        elif log:  # until it has written a line of a step to come
+            line, after = rng.randrange(steps[-1] if steps else 0, 26), time.time() + 2 * seconds
+            while time.time() < after and (log.read_bytes().count(b"\n") if log.exists()
+                                           else 0) < line:
+                time.sleep(0.001)
+            time.sleep(rng.uniform(0, 0.03))
+        if log:
             os.kill(pid, rng.choice(numbers))
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
     plain_corpus(folder / "data", 6)
     for command in ("match-train", "gan-train"):
         argv = [*tiny(command, folder / "data", folder / "match-train" / "best.pt"),
-                "--steps", "24", "--save-every", "2"]
+                "--steps", "24", "--save-every", "2", "--log-every", "1"]
         kills, runs, started = 0, 0, time.time()
         assert process([*argv, "--out", str(folder / command)]) == 0
         seconds, steps = time.time() - started, []
         while 2 * kills < times:
             out, runs, code = folder / f"{command}{runs}", runs + 1, None
+            steps.append(0)
             while code != 0:
-                wait = rng.uniform(0, 1.2 * seconds) if 2 * kills < times else None
-                code = process([*argv, "--out", str(out), "--resume"], wait)
+                code = process([*argv, "--out", str(out), "--resume"],
+                               out / "log.jsonl" if 2 * kills < times else None)
                 assert code in (0, 130, 143, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT), code
                 kills += code != 0
                 names = [name for name in ("last.pt", "previous.pt") if (out / name).exists()]
@@ -1852,6 +1860,207 @@ def test_chance_is_a_function_of_seed_and_batch():
     assert draw(3, 7) == draw(3, 7)
     seeds = [(3, 7), (3, 8), (4, 7), (3 + 2**32, 7), (7, 3), (2**63 - 1, 7)]
     assert len({tuple(draw(*s)) for s in seeds}) == len(seeds)
+
+
+# ---- Every row of the README's tables of bad input -----------------------------------------------
+
+
+def readme_rows():
+    """{what is given: [what is said, as regular expressions]} of the README's section."""
+    text = (FILE.parent / "README.md").read_text(encoding="utf8")
+    section = text.split("## When something is wrong")[1].split("\n## ")[0]
+    rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line[:2] == "| "]
+    return {given: [".*".join(map(re.escape, span.split("...")))
+                    for span in re.findall(r"`([^`]+)`", said) if "-data" not in span
+                    and span != "generate"]
+            for given, said in rows if given not in ("You give", "A file")}
+
+
+class Evil:
+    """Its pickle makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_every_row_of_the_readmes_table_of_mistakes(half, corpus, trained, drawn, tmp_path,
+                                                    monkeypatch, capsys):
+    resume, out = half
+
+    def refuse(*argv):
+        return refused(capsys, *argv)
+
+    def match(*more, data=corpus, to=tmp_path / "out"):
+        return refuse("match-train", "--data", data, "--out", to, *TINY, *more)
+
+    def with_file(name, content=b""):
+        (tmp_path / name).write_bytes(content)
+        return tmp_path / name
+
+    def with_folder(name):
+        (tmp_path / name).mkdir(parents=True)
+        return tmp_path / name
+
+    def changed(change):
+        """A corpus in which something is wrong, by match-train and by check-data alike."""
+        root = Path(tempfile.mkdtemp(dir=tmp_path))
+        change(plain_corpus(root))
+        line = match(data=root)
+        assert v.main(["check-data", str(root), "--k", "2"]) == 1
+        assert line.split(": error: ")[1] in capsys.readouterr().out
+        return line
+
+    def damaged():
+        copy = tmp_path / "damaged"
+        shutil.copytree(out, copy)
+        damage("cut", copy / "last.pt")
+        assert v.main([str(a).replace(str(out), str(copy)) for a in resume]) == 0
+        return capsys.readouterr().err
+
+    def full():
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (9999, limits[1]))
+        try:
+            return match(to=tmp_path / "full")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    def code():
+        state = torch.load(trained / "best.pt", weights_only=True)
+        torch.save(state | {"step": Evil(tmp_path / "ran")}, tmp_path / "evil.pt")
+        line = refuse("match-test", "--match", tmp_path / "evil.pt")
+        assert not (tmp_path / "ran").exists()
+        return line
+
+    def other_encoders():
+        assert v.main(["match-train", "--data", str(corpus), "--out", str(tmp_path / "m"), *TINY,
+                       "--seed", "5", "--steps", "1"]) == 0
+        shutil.copytree(drawn, tmp_path / "g")
+        capsys.readouterr()
+        return refuse("gan-train", "--data", corpus, *TINY_GAN, "--out", tmp_path / "g", "--resume",
+                      "--match", tmp_path / "m" / "best.pt")
+
+    def bad_file(name, content, generates=True):
+        """What check-data and, of a recording, generate say; training goes on without it."""
+        root = Path(tempfile.mkdtemp(dir=tmp_path))
+        path = plain_corpus(root) / "train" / "train0" / "a b" / name
+        path.write_bytes(content)
+        assert v.main(["check-data", str(root), "--k", "2"]) == 1
+        said = capsys.readouterr().out
+        assert f"fault: {path}: " in said and "1 faults" in said
+        if generates:
+            line = refuse("generate", path, "--gan", drawn / "last.pt", "--out", tmp_path / "x.png")
+            assert f"{path}: " in line
+            said += line
+        assert v.main(["match-train", "--data", str(root), "--out", str(root / "run"), *TINY,
+                       "--batch", "4", "--k", "2", "--runs", "1"]) == 0
+        capsys.readouterr()
+        return said
+
+    def floats(*x):
+        return riff(3, 1, 16000, 32, np.array(x, "<f4").tobytes())
+
+    def one_sample():
+        path = with_file("one.wav", riff(1, 1, 16000, 16, b"ab"))
+        return refuse("generate", path, "--gan", drawn / "last.pt", "--out", tmp_path / "x.png")
+
+    def small_picture():
+        write_face(tmp_path / "small.png", side=16)
+        return bad_file("t.png", (tmp_path / "small.png").read_bytes(), generates=False)
+
+    def no_codec(path):
+        raise ImportError("TorchCodec is required")
+
+    monkeypatch.setattr(v.torchaudio, "load", no_codec)
+    first = "a b/speech.wav"
+    cases = {
+        "`--steps 0`, or less": lambda: match("--steps", "0"),
+        "a batch smaller than K": lambda: match("--k", "10", "--batch", "9"),
+        "a device that is not there": lambda: match("--device", "cuda:7"),
+        "an `--out` that cannot be created": lambda: match(to=with_file("file") / "run"),
+        "an `--out` that cannot be written":
+            lambda: match(to=with_folder("locked/settings.json").parent),
+        "an `--out` that holds a finished run": lambda: match(to=trained),
+        "an `--out` that holds an unfinished run":
+            lambda: refuse(*[a for a in resume if a != "--resume"]),
+        "`--resume` with other settings": lambda: refuse(*resume, "--lr", "0.07"),
+        "`--resume` with another preset": lambda: refuse(*resume, "--preset", "paper"),
+        "`--resume` of a `gan-train` with other encoders": other_encoders,
+        "`--resume` with a damaged `last.pt`": damaged,
+        "a disk that is full": full,
+        "a rate at which training diverges": lambda: match("--lr", "1e18", "--steps", "8"),
+        "a checkpoint that is not there": lambda: refuse("match-test", "--match", tmp_path / "no.pt"),
+        "a checkpoint of the other stage":
+            lambda: refuse("match-test", "--match", drawn / "last.pt"),
+        "a truncated checkpoint, or another file": lambda: "\n".join(
+            refuse("match-test", "--match", with_file("x.pt", content)) for content in
+            (b"", b"hello", (trained / "best.pt").read_bytes()[:5000])),
+        "a checkpoint with a pickle that would run code": code,
+        "`gan-train --preset paper` with smaller encoders":
+            lambda: refuse("gan-train", "--match", trained / "best.pt", "--preset", "paper"),
+        "a corpus that is not there": lambda: match(data=tmp_path / "nowhere"),
+        "a corpus without `val`": lambda: changed(lambda root: shutil.rmtree(root / "val")),
+        "K larger than the identities of a split":
+            lambda: match("--k", "5", data=plain_corpus(tmp_path / "few")),
+        "an identity without speech":
+            lambda: changed(lambda root: (root / "val" / "val1" / first).unlink()),
+        "an identity without faces":
+            lambda: changed(lambda root: (root / "test" / "test2" / "a b/500.png").unlink()),
+        "an identity in two splits":
+            lambda: changed(lambda root: shutil.copytree(root / "train/train0", root / "test/train0")),
+        "`labels.csv` without identities":
+            lambda: changed(lambda root: (root / "labels.csv").write_text("name,gender\n1,f\n")),
+        "`labels.csv` in Latin-1": lambda: changed(
+            lambda root: (root / "labels.csv").write_bytes("identity\nRené\n".encode("latin-1"))),
+        "a recording without a sample": lambda: bad_file("x.wav", riff(1, 1, 16000, 16, b"")),
+        "a recording that is no recording": lambda: bad_file("x.wav", b"RIFF, but no more"),
+        "a recording with NaN, or far louder than full scale": lambda: "".join(
+            bad_file("x.wav", floats(0.1, x, 0.2)) for x in (math.nan, math.inf, 1e9)),
+        "a recording of 300 Hz": lambda: bad_file("x.wav", riff(1, 1, 300, 16, b"ab" * 99)),
+        "an mp3 where torchcodec is not installed": lambda: bad_file("x.mp3", b"ID3"),
+        "a recording of silence": lambda: bad_file("x.wav", riff(1, 1, 16000, 16, bytes(32000))),
+        "a recording of 1 sample": one_sample,
+        "a picture that is none, or cut short": lambda: "".join(
+            bad_file("x.jpg", content, generates=False) for content in
+            (b"", b"no picture", next(corpus.rglob("*.jpg")).read_bytes()[:2000])),
+        "a picture of 16 x 16 pixels": small_picture}
+    rows = readme_rows()
+    assert set(rows) == set(cases)
+    for given, patterns in rows.items():
+        output = cases[given]()
+        for pattern in patterns:
+            assert re.search(pattern, output), (given, pattern, output)
+    assert len(patterns) and not (tmp_path / "out" / "metrics.json").exists()
+
+
+def test_what_is_odd_but_fine(tmp_path, monkeypatch):
+    """Sizes, names of any alphabet, silence, one sample; a corpus is opened by listing alone."""
+    root = tmp_path / "Ein Ordner für 声音"
+    for split in v.SPLITS:
+        for i, name in enumerate(("Zoë O'Hara", "Ольга", "李 小龙", "%d $(x)")):
+            clip = root / split / f"{split} {name}" / "клип 1"
+            write_wav(clip / "речь, 1.wav", (noise(9000), np.zeros(9000), [0.5], noise(50))[i])
+            clip.mkdir(exist_ok=True)
+            size = ((33, 47), (1000, 40), (40, 1000), (321, 123))[i]
+            Image.new("RGB", size, (40 * i, 9, 9)).save(clip / "лицо 顔.png")
+    argv = ["--data", str(root), *TINY]
+    opened, listed = [], []
+    with monkeypatch.context() as patch:
+        patch.setattr(builtins, "open", lambda *a, **k: opened.append(a))
+        for name in ("listdir", "scandir"):
+            patch.setattr(v.os, name, lambda path, real=getattr(os, name): listed.append(
+                str(path)) or real(path))
+        v.open_corpus(root, 4)
+    assert not opened and len(listed) == len(set(listed)) == 3 * (1 + 4 + 4)  # each folder once
+    out = tmp_path / "прогон 1"
+    assert v.main(["match-train", *argv, "--out", str(out)]) == 0
+    assert v.main(["gan-train", "--data", str(root), *TINY_GAN, "--match", str(out / "best.pt"),
+                   "--out", str(tmp_path / "gan")]) == 0
+    log = [json.loads(line) for line in open(out / "log.jsonl")]
+    assert all(math.isfinite(line["loss"]) and line["faults"] == 0 for line in log)
 
 
 # ---- Several processes ---------------------------------------------------------------------------
