@@ -83,7 +83,6 @@ import itertools
 import json
 import math
 import os
-import shutil
 import signal
 import struct
 import sys
@@ -102,14 +101,10 @@ from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageOps
 from torch import distributed, nn
 from torch.nn import functional as F
 
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
-
 RATE = 16000  # samples per second of every waveform [PASE]
 EMBED = 128  # D [paper §3.2]
 SPLITS = ("train", "val", "test")
+PRESETS, DIRECTIONS = ("small", "paper"), ("v-f", "f-v")
 SYNTHETIC = "data/synthetic"  # the one corpus that match-train makes by itself
 
 
@@ -117,9 +112,7 @@ class UserError(ValueError):
     """A mistake that the user can mend: one line on stderr and exit code 2."""
 
 
-# ==================================================================================================
-# 1. Settings: every field is a flag, and --help shows its meaning, source and default
-# ==================================================================================================
+# ==== 1. Settings: every field is a flag, and --help shows its meaning, source and default ========
 
 
 def setting(default, meaning, source="[ours]", low=None, choices=None):
@@ -134,11 +127,9 @@ class MatchSettings:
 
     data: str = setting(SYNTHETIC, "corpus folder; this default is made when missing")
     out: str = setting("runs/match", "run folder: checkpoints, log, metrics")
-    preset: str = setting("small", "small: two CPU cores; paper: its scale",
-                          choices=("small", "paper"))
-    direction: str = setting("v-f",
-                             "what is learned: a face for a voice (v-f) or a voice for a face",
-                             "[paper §3.1]", choices=("v-f", "f-v"))
+    preset: str = setting("small", "small: two CPU cores; paper: its scale", choices=PRESETS)
+    direction: str = setting("v-f", "v-f: learn to pick a face for a voice; f-v: the reverse",
+                             "[paper §3.1]", choices=DIRECTIONS)
     k: int = setting(10, "candidates of a matching task in training", "[paper §4]", low=2)
     steps: int = setting(1500, "training steps", low=1)
     batch: int = setting(32, "clips per step and process, at least K", low=2)
@@ -148,19 +139,15 @@ class MatchSettings:
     seconds: float = setting(1.5, "length of a speech window; 6 in [paper §4]")
     size: int = setting(64, "side of a face in pixels; 128 in [paper §2]", choices=(32, 64, 128))
     sinc_stride: int = setting(8, "stride of the sinc layer; 1 in [PASE]", low=1)
-    speech_width: int = setting(16, "filters of the sinc layer, unit of all widths; 64 in [PASE]",
-                                low=1)
-    face_width: int = setting(16, "channels of the first block, unit of all widths; 64 in [SNGAN]",
-                              low=1)
+    speech_width: int = setting(16, "sinc filters, the unit of all widths; 64 in [PASE]", low=1)
+    face_width: int = setting(16, "channels of block 1, unit of all widths; 64 in [SNGAN]", low=1)
     length: float = setting(3.5, "length of an embedding; its square is the largest logit", low=0.1)
     lr: float = setting(0.05, "peak learning rate of SGD", low=0)
-    sinc_lr: float = setting(1e4, "that of the sinc cut-offs, in units of lr: they are in Hz",
-                             low=0)
+    sinc_lr: float = setting(1e4, "that of the sinc cut-offs, being in Hz, in units of lr", low=0)
     momentum: float = setting(0.9, "momentum of SGD", low=0)
     weight_decay: float = setting(1e-4, "weight decay of SGD, but for the sinc cut-offs", low=0)
     max_norm: float = setting(1.0, "length to which longer gradients are cut", low=1e-6)
-    runs: int = setting(5, "runs of the final test, each with fresh negatives", "[paper §4]",
-                        low=1)
+    runs: int = setting(5, "runs of the final test, each with fresh negatives", "[paper §4]", low=1)
     eval_every: int = setting(300, "steps between validations", low=1)
     save_every: int = setting(100, "steps between checkpoints; each validation has one", low=1)
     resume: bool = setting(False, "go on with the run in --out, if there is one")
@@ -174,8 +161,7 @@ class GanSettings:
     data: str = setting(SYNTHETIC, "corpus folder; this default is made when missing")
     match: str = setting("runs/match/best.pt", "checkpoint of match-train: S, F and their sizes")
     out: str = setting("runs/gan", "run folder: checkpoint, log, samples, metrics")
-    preset: str = setting("small", "small: two CPU cores; paper: its scale",
-                          choices=("small", "paper"))
+    preset: str = setting("small", "small: two CPU cores; paper: its scale", choices=PRESETS)
     loss: str = setting("relid", "relid: Eq. 5; rel: Eq. 4, without mismatched identities",
                         "[paper §3.2]", choices=("relid", "rel"))
     steps: int = setting(5000, "training steps, each one of D and one of G", low=1)
@@ -191,25 +177,19 @@ class GanSettings:
     beta1: float = setting(0.0, "Adam's decay of the mean gradient", "[StyleGAN]", low=0)
     beta2: float = setting(0.99, "Adam's decay of the squared gradient", "[StyleGAN]", low=0)
     gamma: float = setting(1.0, "R1: gamma/2 E |grad_f g(f, c+)|^2 on real faces", low=0)
-    r1_every: int = setting(16, "R1 is computed each n-th step only, and counts n times",
-                            "[StyleGAN2]", low=1)
+    r1_every: int = setting(16, "R1 is computed each n-th step, times n", "[StyleGAN2]", low=1)
     decay: float = setting(0.998, "of the running average of G, which is what is tested", low=0)
-    runs: int = setting(5, "runs of the final test, each with fresh z and negatives",
-                        "[paper §4]", low=1)
+    runs: int = setting(5, "final test's runs, each with new z and negatives", "[paper §4]", low=1)
     eval_every: int = setting(500, "steps between validations and samples", low=1)
     save_every: int = setting(100, "steps between checkpoints; each validation has one", low=1)
     resume: bool = setting(False, "go on with the run in --out, if there is one")
     log_every: int = setting(100, "steps between log lines", low=1)
 
 
-PAPER = {  # the presets `paper`
-    "match-train": dict(
-        seconds=6.0, size=128, sinc_stride=1, speech_width=64, face_width=64,  # as above
-        batch=64, steps=200_000, eval_every=2000, save_every=1000, log_every=100, workers=8),  # [ours]
-    "gan-train": dict(
-        width=64,  # [SNGAN]
-        batch=64, steps=200_000, lr=2e-4, d_lr=2e-4,  # [ours]
-        decay=0.999, eval_every=2000, save_every=1000, log_every=100, workers=8)}  # [ours]
+BIG = dict(batch=64, steps=200_000, eval_every=2000, save_every=1000, log_every=100, workers=8)
+PAPER = {  # the presets `paper`: sizes as in the sources above, BIG and the rates [ours]
+    "match-train": BIG | dict(seconds=6.0, size=128, sinc_stride=1, speech_width=64, face_width=64),
+    "gan-train": BIG | dict(width=64, lr=2e-4, d_lr=2e-4, decay=0.999)}
 
 
 @dataclass
@@ -270,11 +250,9 @@ class CheckSettings:
     k: int = setting(10, "identities that every split must hold: the K of match-train", low=2)
 
 
-# ==================================================================================================
-# 2. Data: DATA/{train,val,test}/<identity>/<clip>/*.wav *.jpg, DATA/labels.csv   [ours]
+# ==== 2. Data: DATA/{train,val,test}/<identity>/<clip>/*.wav *.jpg, DATA/labels.csv   [ours] ======
 # A face named by a whole number, 1200.jpg, was taken 1200 ms into its clip's recording: the speech
 # that it is paired with then leaves that moment out. A face of any other name goes with any speech.
-# ==================================================================================================
 
 SPEECH_FILES = (".wav", ".flac", ".mp3", ".m4a", ".aac", ".ogg", ".opus", ".wma")
 FACE_FILES = (".jpg", ".jpeg", ".png")
@@ -326,12 +304,10 @@ def scan_corpus(data, k, splits=SPLITS):
         if len(corpus[split]) < k:
             faults.append(f"{folder}: {len(corpus[split])} identities, at least K = {k} are needed")
         for name, clips in corpus[split].items():
-            if not any(clip.speech for clip in clips):
-                faults.append(f"{folder / name}: identity without speech; "
-                              f"looked for {' '.join(SPEECH_FILES)} in its clip folders")
-            if not any(clip.faces for clip in clips):
-                faults.append(f"{folder / name}: identity without faces; "
-                              f"looked for {' '.join(FACE_FILES)} in its clip folders")
+            for part, kinds in (("speech", SPEECH_FILES), ("faces", FACE_FILES)):
+                if not any(getattr(clip, part) for clip in clips):
+                    faults.append(f"{folder / name}: identity without {part}; "
+                                  f"looked for {' '.join(kinds)} in its clip folders")
             if name in home:
                 faults.append(f"{folder / name}: identity is also in {home[name]}; one split only")
             home[name] = split
@@ -366,35 +342,28 @@ WAV_TYPES = {(1, 8): "u1", (1, 16): "<i2", (1, 24): "<i4", (1, 32): "<i4",  # PC
              (3, 32): "<f4", (3, 64): "<f8"}  # float; (format, bits) -> NumPy's type
 
 
-def open_wav(f):
-    """Read an open WAV file up to its samples: (format, bits), channels, rate, length in samples.
+def read_wav(path, choose):
+    """Samples (L,) of a WAV file, mono, and its rate; only what `choose` asks for is read.
 
     The standard library's reader refuses float and, before Python 3.12, multi-channel 24-bit files.
     """
-    riff, kind = f.read(12), None
-    if riff[:4] != b"RIFF" or riff[8:] != b"WAVE":
-        raise ValueError("not a WAV file")
-    while len(head := f.read(8)) == 8:
-        size = struct.unpack("<4xI", head)[0]
-        if head[:4] == b"data" and kind:
-            size = min(size, os.fstat(f.fileno()).st_size - f.tell())  # a stream has no true size
-            return kind, channels, rate, size // (channels * kind[1] // 8)
-        body = f.read(size + size % 2)
-        if head[:4] == b"fmt ":
-            code, channels, rate, bits = struct.unpack("<HHI6xH", body[:16])
-            code = struct.unpack("<24xH", body[:26])[0] if code == 0xFFFE else code  # "extensible"
-            kind = code, bits
-            if kind not in WAV_TYPES or not channels:
-                raise LookupError(f"WAV format {code} with {bits} bits is neither PCM nor float")
-    raise ValueError("WAV file without samples")
-
-
-def read_wav(path, choose):
-    """Samples (L,) of a WAV file, mono, and its rate; only what `choose` asks for is read."""
     with open(path, "rb") as f:
-        kind, channels, rate, length = open_wav(f)
-        start, stop = choose(length, rate)
-        width = channels * kind[1] // 8  # bytes
+        riff, kind = f.read(12), None
+        if riff[:4] + riff[8:] != b"RIFFWAVE":
+            raise ValueError("not a WAV file")
+        while len(head := f.read(8)) == 8 and head[:4] != b"data":
+            size = struct.unpack("<4xI", head)[0]
+            body = f.read(size + size % 2)
+            if head[:4] == b"fmt ":
+                code, channels, rate, bits = struct.unpack("<HHI6xH", body[:16])
+                kind = (struct.unpack("<24xH", body[:26])[0] if code == 0xFFFE else code), bits
+        if len(head) < 8 or not kind:
+            raise ValueError("WAV file without samples")
+        if kind not in WAV_TYPES or not channels:
+            raise LookupError(f"WAV format {kind[0]} with {bits} bits is neither PCM nor float")
+        size = min(struct.unpack("<4xI", head)[0], os.fstat(f.fileno()).st_size - f.tell())
+        width = channels * bits // 8  # bytes of a sample; above: a stream has no true size
+        start, stop = choose(size // width, rate)
         f.seek(start * width, os.SEEK_CUR)
         raw = f.read((stop - start) * width)
     if kind == (1, 24):  # put each 3 bytes on top of a zero byte: 32 bits
@@ -442,10 +411,7 @@ def read_speech(path, choose=lambda length, rate: (0, length)):
 
 @functools.lru_cache
 def resampler(rate):
-    """torchaudio's resampler to 16 kHz, its filters computed once per rate, for multiples of 25 Hz.
-
-    All usual rates are such; 15,999 Hz would need 16,000 filters and is taken for 16 kHz.
-    """
+    """torchaudio's resampler to 16 kHz, of a rate in steps of 25 Hz: else thousands of filters."""
     return torchaudio.transforms.Resample(round(rate / 25) * 25, RATE)
 
 
@@ -455,9 +421,8 @@ def draw_window(length, window, moment, rng):
     All windows that fit before or after the moment are equally likely; where none fits, it is the
     longer side as a whole [paper §4: speech and face from different time frames].
     """
-    sides = [(0, length)]
-    if moment is not None:
-        sides = [(0, min(moment, length)), (min(moment + 1, length), length)]
+    moment = length if moment is None else min(moment, length)
+    sides = [(0, moment), (min(moment + 1, length), length)]
     fits = [max(0, stop - start - window + 1) for start, stop in sides]  # windows inside each side
     if not sum(fits):
         return max(sides, key=lambda side: side[1] - side[0])
@@ -495,14 +460,11 @@ def load_face(path, size=None, flip=False):
             face = ImageOps.exif_transpose(image).convert("RGB")
     except Exception as e:  # on a damaged file a decoder raises nearly anything
         raise ValueError(f"{path}: not a readable picture ({e})") from e
-    side = min(face.size)
-    if side < MIN_SIDE:
+    if min(face.size) < MIN_SIDE:
         raise ValueError(f"{path}: {face.width}x{face.height} pixels, "
                          f"at least {MIN_SIDE} a side needed")
     if size:
-        left, top = (face.width - side) // 2, (face.height - side) // 2
-        square = (left, top, left + side, top + side)
-        face = face.resize((size, size), Image.Resampling.BILINEAR, square, reducing_gap=2.0)
+        face = ImageOps.fit(face, (size, size), Image.Resampling.BILINEAR)
     return np.array(ImageOps.mirror(face) if flip else face)
 
 
@@ -535,7 +497,8 @@ class Pairs:
         """[(person, clip)] of batch i; clip None stands for a random one."""
         if not self.shuffle:
             return self.every[i * self.batch:(i + 1) * self.batch]
-        per_epoch = max(1, len(self.clips) // self.batch)
+        count = processes()[1]  # which take a batch each and are to meet different people
+        per_epoch = max(1, len(self.clips) // (count * self.batch) * count)
         order = np.random.default_rng([self.seed, i // per_epoch]).permutation(len(self.clips))
         first = i % per_epoch * self.batch
         people = np.resize(order[first:first + self.batch], self.batch)  # repeats a small corpus
@@ -611,7 +574,7 @@ def step_generator(seed, i):
 def send(x, device):
     """A tensor on the device; from pinned memory, so that the host need not wait for a GPU."""
     on_gpu = torch.device(device).type == "cuda"
-    return x.pin_memory().to(device, non_blocking=True) if on_gpu else x
+    return x.pin_memory().to(device, non_blocking=True) if on_gpu else x.to(device)
 
 
 def to_device(batch, device):
@@ -641,9 +604,9 @@ class FaultCounter:
                             f"in 100 (run check-data); the last: {batch.faults[-1]}")
 
 
-def check_data(data, k):
+def check_data(args, data):
     """Read all files of a corpus once, print what it holds and all faults; returns their number."""
-    corpus, faults = scan_corpus(data, k)
+    corpus, faults = scan_corpus(data, args.k)
     try:
         read_labels(data)
     except UserError as e:
@@ -651,8 +614,7 @@ def check_data(data, k):
     clips = [(split, c) for split, people in corpus.items()
              for found in people.values() for c in found]
     hours, rates, sizes, timed = dict.fromkeys(SPLITS, 0.0), {}, {}, 0
-    progress = Progress("check-data", len(clips))
-    for i, (split, clip) in enumerate(clips, start=1):
+    for split, clip in progress("check-data", clips, len(clips)):
         for name in clip.speech + clip.faces:
             path = f"{clip.folder}/{name}"
             try:
@@ -668,7 +630,6 @@ def check_data(data, k):
                     raise ValueError(f"{path}: silent from start to end")
             except ValueError as e:
                 faults.append(str(e))
-        progress.show(i)
     for split, people in corpus.items():
         found = [clip for clips in people.values() for clip in clips]
         print(f"{split:5}  {len(people)} identities, {len(found)} clips, "
@@ -682,9 +643,7 @@ def check_data(data, k):
     return len(faults)
 
 
-# ==================================================================================================
-# 3. Synthetic corpus: voices by source and filter, drawn faces, known factors   [all of it ours]
-# ==================================================================================================
+# ==== 3. Synthetic corpus: voices by source and filter, drawn faces, known factors   [all ours] ===
 
 SHARED = {"gender": 2, "age": 4, "tract": 4, "build": 3}  # factors of both voice and face: levels
 HAIR = [(38, 30, 28), (84, 52, 32), (132, 80, 40), (212, 172, 100), (160, 66, 34), (96, 94, 104)]
@@ -781,8 +740,7 @@ class Pen:
 
     def __init__(self, image, tilt):
         self.draw, self.half = ImageDraw.Draw(image), image.width / 2
-        self.cos, self.sin = (1.08 * math.cos(math.radians(tilt)),
-                              1.08 * math.sin(math.radians(tilt)))
+        self.cos, self.sin = (1.08 * f(math.radians(tilt)) for f in (math.cos, math.sin))
 
     def place(self, points):
         """Face coordinates to pixels."""
@@ -883,9 +841,9 @@ def synth_faces(person, openings):
     return faces
 
 
-def write_person(data, split, name, seed):
-    """Draw a person from the seed and write their clip; returns their row of labels.csv."""
-    rng = np.random.default_rng(seed)
+def write_person(data, seed, i, split):
+    """Draw person i of a seed and write their clip; returns their row of labels.csv."""
+    rng, name = np.random.default_rng([seed, i]), f"id{i:05}"
     person = draw_factors(rng)
     folder = Path(data, split, name, "clip")
     folder.mkdir(parents=True)
@@ -898,24 +856,20 @@ def write_person(data, split, name, seed):
     return {"identity": name, "split": split} | {key: round(x, 4) for key, x in person.items()}
 
 
-def make_data(data, identities, seed):
-    """Write the synthetic corpus, equal for equal seeds; `data` is there once it is complete."""
-    data, started = Path(data), time.time()
+def make_data(args, data):
+    """Write the synthetic corpus, equal for equal seeds; the folder is there once it is whole."""
+    data, identities, started = Path(data), args.identities, time.time()
     if data.exists():
         raise UserError(f"{data}: exists already; make-data fills a new folder only")
     make_folder(data.parent)
     val, test = (max(10, round(share * identities)) for share in (0.06, 0.14))
     splits = ["train"] * (identities - val - test) + ["val"] * val + ["test"] * test
-    names = [f"id{i:05}" for i in range(identities)]
-    seeds = [[seed, i] for i in range(identities)]
-    rows, progress = [], Progress("make-data", identities)
     with tempfile.TemporaryDirectory(dir=data.parent) as scratch:
         part = Path(scratch, data.name)
         with concurrent.futures.ProcessPoolExecutor(min(16, os.cpu_count())) as pool:
-            jobs = pool.map(write_person, [part] * identities, splits, names, seeds, chunksize=8)
-            for row in jobs:
-                rows.append(row)
-                progress.show(len(rows))
+            write = functools.partial(write_person, part, args.seed)
+            jobs = pool.map(write, range(identities), splits, chunksize=8)
+            rows = list(progress("make-data", jobs, identities))
         with open(part / "labels.csv", "w", newline="", encoding="utf8") as f:
             writer = csv.DictWriter(f, rows[0])
             writer.writeheader()
@@ -924,13 +878,12 @@ def make_data(data, identities, seed):
     print(f"{data}: {identities} identities in {time.time() - started:.0f} s")
 
 
-# ==================================================================================================
-# 4. Inference: two encoders and the K-way loss   [paper §3.1]
-# ==================================================================================================
+# ==== 4. Inference: two encoders and the K-way loss   [paper §3.1] ================================
 
 PASE_TAPS = (251, 20, 11, 11, 11, 11, 11, 11)  # [PASE]; the first is the sinc layer
 PASE_STRIDES = (1, 10, 2, 1, 2, 1, 2, 2)  # [PASE]; 160 in all, so that 6 s are 600 frames
 PASE_WIDTHS = (1, 1, 2, 2, 4, 4, 8, 8)  # [PASE]; in units of the sinc layer's 64 filters
+MIN_HZ = 50  # the least cut-off and the least band of a sinc filter [SincNet]
 
 
 def pad_same(x, taps):
@@ -944,30 +897,27 @@ class SincConv(nn.Module):
     (B, T) -> (B, C, ceil(T / stride)). A filter is the difference of two ideal low-passes,
         g(t) = 2 high sinc(2 high t) - 2 low sinc(2 low t),   sinc(x) = sin(pi x) / (pi x),
     under a Hamming window, divided by 2 (high - low), which makes its centre 1. What is learned, in
-    Hz, is added to the least cut-off and band; it starts evenly on the mel scale. Raises ValueError
-    for an even number of taps: no centre.
+    Hz, is added to the least cut-off and band; it starts evenly on the mel scale.
     """
 
-    def __init__(self, filters, taps=251, stride=1, rate=RATE, min_low=50, min_band=50):
+    def __init__(self, filters, taps=251, stride=1):
         super().__init__()
-        if taps % 2 == 0:
+        if taps % 2 == 0:  # no centre
             raise ValueError(f"sinc kernel must be odd, got {taps}")
-        self.taps, self.stride, self.top = taps, stride, rate / 2
-        self.min_low, self.min_band = min_low, min_band  # Hz [SincNet]
-        first, last = (2595 * math.log10(1 + hz / 700)
-                       for hz in (30, rate / 2 - 100))  # mel [SincNet]
+        self.taps, self.stride = taps, stride
+        first, last = (2595 * math.log10(1 + f / 700) for f in (30, RATE / 2 - 100))  # mel
         edges = 700 * (10 ** (torch.linspace(first, last, filters + 1) / 2595) - 1)  # (C+1,) in Hz
         self.low_hz = nn.Parameter(edges[:-1, None])  # (C, 1)
         self.band_hz = nn.Parameter(edges.diff()[:, None])  # (C, 1)
-        t = (torch.arange(taps) - taps // 2) / rate  # (N,) in s
+        t = (torch.arange(taps) - taps // 2) / RATE  # (N,) in s
         self.register_buffer("t", t, persistent=False)
         self.register_buffer("window", torch.hamming_window(taps, periodic=False), persistent=False)
 
     def filters(self):
         """The impulse responses (C, N)."""
-        low = self.min_low + self.low_hz.abs()  # (C, 1)
-        low = low.clamp(max=self.top - self.min_band)  # keeps every band open [ours]
-        high = (low + self.min_band + self.band_hz.abs()).clamp(max=self.top)  # (C, 1)
+        low = MIN_HZ + self.low_hz.abs()  # (C, 1)
+        low = low.clamp(max=RATE / 2 - MIN_HZ)  # keeps every band open [ours]
+        high = (low + MIN_HZ + self.band_hz.abs()).clamp(max=RATE / 2)  # (C, 1)
         g = 2 * high * torch.sinc(2 * high * self.t) - 2 * low * torch.sinc(2 * low * self.t)
         return g * self.window / (2 * (high - low))  # (C, N); torch.sinc(0) is 1, without 0/0
 
@@ -976,7 +926,8 @@ class SincConv(nn.Module):
         # the same. On two CPU cores 1.6 times as fast for 16 filters of stride 8, 2.3 times of
         # stride 1, no faster for 64; not tried on a GPU [ours].
         s, p, L = self.stride, 8 if x.device.type == "cpu" else 1, -(-x.shape[1] // self.stride)
-        g = torch.stack([F.pad(self.filters(), (i * s, (p - 1 - i) * s)) for i in range(p)], 1)
+        g = self.filters()  # (C, N)
+        g = torch.stack([F.pad(g, (i * s, (p - 1 - i) * s)) for i in range(p)], 1)  # (C, p, N + ..)
         x = F.pad(pad_same(x[:, None], self.taps), (0, -L % p * s))  # (B, T) -> (B, 1, T + N + ..)
         y = F.conv1d(x, g.flatten(0, 1)[:, None], stride=p * s)  # (B, C p, L / p)
         y = y.unflatten(1, (-1, p)).permute(0, 3, 2, 1)  # (B, L / p, p, C)
@@ -1136,9 +1087,7 @@ def top1(logits):
     return best[:, 0] / best.sum(1)
 
 
-# ==================================================================================================
-# 5. Generation: AdaIN generator, projection discriminator, relidGAN loss   [paper §3.2]
-# ==================================================================================================
+# ==== 5. Generation: AdaIN generator, projection discriminator, relidGAN loss   [paper §3.2] ======
 
 
 class AdaIN(nn.Module):
@@ -1183,8 +1132,8 @@ class UpBlock(nn.Module):
 
     @staticmethod
     def up(x):
-        """(B, C, H, W) -> (B, C, 2H, 2W)."""
-        return F.interpolate(x, scale_factor=2, mode="bilinear")
+        """(B, C, H, W) -> (B, C, 2H, 2W); in bfloat16, too, which autocast would end here."""
+        return F.interpolate(x, scale_factor=2, mode="bilinear").to(x.dtype)
 
 
 class Generator(nn.Module):
@@ -1326,39 +1275,31 @@ def follow(average, generator, step, decay):
         mean.lerp_(new, 1 - decay)
 
 
-# ==================================================================================================
-# 6. Training
-# ==================================================================================================
+# ==== 6. Training =================================================================================
 
 
-class Progress:
-    """A line with the time left: rewritten in place on a terminal, in a file a new one at times."""
-
-    def __init__(self, name, total, first=0):
-        self.name, self.total, self.started, self.shown = name, total, time.time(), time.time()
-        self.first, self.terminal = first, sys.stdout.isatty()
-
-    def show(self, done, text="", always=False):
-        """Say that `done` of all are done; in a file only every 10 s, unless `always`."""
+def progress(name, items, total):
+    """Passes items on and says how many are done and how long the rest takes: on a terminal in
+    place, in a file every 10 s.
+    """
+    started = shown = time.time()
+    terminal = sys.stdout.isatty()
+    for done, item in enumerate(items, start=1):
+        yield item
         now = time.time()
-        if always or done == self.total or now - self.shown > (0.2 if self.terminal else 10):
-            each = (now - self.started) / max(done - self.first, 1)  # s
-            self.shown, left = now, each * (self.total - done)
-            self.say(f"{self.name} {done}/{self.total}  {text}  {left:.0f} s left",
-                     done < self.total)
-
-    def say(self, line, fleeting=False):
-        """Print a line; a fleeting one is overwritten by the next on a terminal."""
-        width = shutil.get_terminal_size().columns - 1
-        print(f"\r{line[:width]:{width}}" if self.terminal else line, flush=True,
-              end="" if self.terminal and fleeting else "\n")
+        if done == total or now - shown > (0.2 if terminal else 10):
+            shown, left = now, (now - started) / done * (total - done)
+            print(f"{name} {done}/{total}  {left:.0f} s left    ", flush=True,
+                  end="\r" if terminal and done < total else "\n")
 
 
 def peak_memory(device):
     """The most memory in use so far in GB, of the GPU or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    if resource is None:
+    try:
+        import resource
+    except ImportError:  # Windows
         return 0.0
     unit = 1 if sys.platform == "darwin" else 1024  # bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
@@ -1376,17 +1317,16 @@ class Run:
         self.cfg, self.device, self.parts, self.unit = cfg, device, parts, unit
         (self.rank, self.count), self.out = processes(), Path(cfg.out)
         self.fixed = dict(command=command, settings=asdict(cfg), processes=self.count, **more)
-        self.step, self.best, self.values, self.clips = 0, -1.0, {}, 0
+        self.step, self.best, self.values, self.clips = 0, -1.0, [], 0
         self.faults, self.since, self.signal, self.saved = FaultCounter(), time.time(), 0, True
         length = 0  # of log.jsonl in bytes
         if state:
             for name, part in parts.items():
                 part.load_state_dict(state[name])
-            self.step, self.best = state["step"], state["best"]
+            self.step, self.best, self.values = state["step"], state["best"], state["values"]
             length, self.faults.seen, self.faults.faults = state["counts"]
-            self.values = {name: [(step, x.to(device)) for step, x in found]
-                           for name, found in state["values"].items()}
-        self.progress = Progress("step", cfg.steps, self.step)
+        self.started, self.first = time.time(), self.step
+        self.spare = not state or state["spare"]  # whether last.pt, if any, is worth keeping
         if self.rank == 0:
             write_json(self.out / "settings.json", asdict(cfg))
             self.file = open(self.out / "log.jsonl", "ab")
@@ -1417,10 +1357,9 @@ class Run:
             raise KeyboardInterrupt(number)
 
     def add(self, clips, **values):
-        """Count a step and keep its numbers as they are: none is read before its line is written."""
+        """Count a step and keep its numbers as they are: read when their line is written."""
         self.step, self.clips = self.step + 1, self.clips + clips * self.count
-        for name, value in values.items():
-            self.values.setdefault(name, []).append((self.step, value.detach()))
+        self.values.append((self.step, {name: x.detach() for name, x in values.items()}))
 
     def due(self, every):
         """Whether what is done `every` so many steps, and after the last one, is due."""
@@ -1428,16 +1367,23 @@ class Run:
 
     def pause(self):
         """After a step: write its line, save, stop, where that is due."""
-        cfg, stop = self.cfg, torch.tensor(self.signal)
-        if self.count > 1:  # all stop after the same step
-            distributed.all_reduce(stop, distributed.ReduceOp.MAX)
+        cfg = self.cfg
         if self.due(cfg.log_every) or self.due(cfg.eval_every):
             self.write()
-        if stop or self.due(cfg.save_every) or self.due(cfg.eval_every):
+        if self.due(cfg.save_every) or self.due(cfg.eval_every):
             self.save()
+        most = torch.tensor([self.signal, self.step, -self.step])
+        if self.count > 1:  # all stop after the same step
+            distributed.all_reduce(most, distributed.ReduceOp.MAX)
+        stop, last, first = most.tolist()
+        if last != -first:
+            raise UserError(f"--out {cfg.out}: is at step {-first} in one process, at {last} in "
+                            "another; all need the same folder")
         if stop:
-            self.progress.say(f"stopped after step {self.step}")
-            raise KeyboardInterrupt(int(stop))
+            if not self.saved:
+                self.save()
+            print(f"stopped after step {self.step}", flush=True)
+            raise KeyboardInterrupt(stop)
 
     def validate(self, check):
         """Validate, in the first process, where that is due."""
@@ -1447,16 +1393,13 @@ class Run:
 
     def means(self):
         """{name: mean since the last line}; raises UserError at the first number that is none."""
-        means, bad = {}, []
-        for name, found in self.values.items():
-            steps, numbers = zip(*found)
-            numbers = torch.stack(numbers).tolist()
-            bad += [(at, name, x) for at, x in zip(steps, numbers) if not math.isfinite(x)]
-            means[name] = round(sum(numbers) / len(numbers), 4)
-        if bad:
-            at, name, x = min(bad, key=lambda found: found[0])
-            raise diverged(f"step {at}: {name} is {x}")
-        return means
+        found = {}
+        for step, values in self.values:
+            for name, x in values.items():
+                found.setdefault(name, []).append(x.item())
+                if not math.isfinite(found[name][-1]):
+                    raise diverged(f"step {step}: {name} is {found[name][-1]}")
+        return {name: round(sum(numbers) / len(numbers), 4) for name, numbers in found.items()}
 
     def write(self):
         """Write and show the log line of this step."""
@@ -1465,8 +1408,10 @@ class Run:
             "peak_memory_gb": round(peak_memory(self.device), 3), "faults": self.faults.faults}
         self.record(line)
         text = "  ".join(f"{name} {value:g}" for name, value in line.items() if name != "step")
-        self.progress.show(self.step, text, always=True)
-        self.values, self.clips, self.since = {}, 0, time.time()
+        each = (time.time() - self.started) / (self.step - self.first)  # s
+        left = each * (self.cfg.steps - self.step)
+        print(f"step {self.step}/{self.cfg.steps}  {text}  {left:.0f} s left", flush=True)
+        self.values, self.clips, self.since = [], 0, time.time()
 
     def record(self, line):
         """Add a line to log.jsonl."""
@@ -1482,10 +1427,11 @@ class Run:
                                                        for x in part.parameters()):
                 raise diverged(f"step {self.step}: weights of {name} are NaN")
         if self.rank == 0:
-            save_checkpoint(self.out / "last.pt", self.parts, self.out / "previous.pt",
-                            **self.fixed, step=self.step, best=self.best, values=self.values,
+            previous = self.out / "previous.pt" if self.spare else None
+            save_checkpoint(self.out / "last.pt", self.parts, previous, **self.fixed,
+                            step=self.step, best=self.best, values=self.values,
                             counts=(self.file.tell(), self.faults.seen, self.faults.faults))
-        self.saved = True
+        self.saved = self.spare = True
 
 
 def diverged(where):
@@ -1496,7 +1442,9 @@ def diverged(where):
 
 def processes():
     """(this process's number, how many there are): (0, 1) unless torchrun started them."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if not distributed.is_torchelastic_launched():
+        return 0, 1
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 def pick_device(name):
@@ -1513,6 +1461,8 @@ def pick_device(name):
     except (RuntimeError, AssertionError) as e:
         reason = str(e).splitlines()[0]
         raise UserError(f"--device {name}: not available here, use cpu or auto ({reason})") from e
+    if name.startswith("cuda"):
+        torch.cuda.set_device(name)  # so that nothing of this process lands on GPU 0
     torch.backends.cudnn.benchmark = True  # batches have one shape: it pays to try all algorithms
     if processes()[1] > 1:
         distributed.init_process_group(
@@ -1606,14 +1556,12 @@ def open_run(cfg, command):
     out, faults = make_folder(cfg.out), []
     found = [path for path in (out / "last.pt", out / "previous.pt") if path.exists()]
     finished = (out / "metrics.json").exists()
-    if not cfg.resume:
-        if found or finished:
-            raise UserError(f"--out {out}: holds {'a finished' if finished else 'an unfinished'} "
-                            "run; name another folder, delete this one, or go on with --resume")
-        return None
+    if not cfg.resume and (found or finished):
+        raise UserError(f"--out {out}: holds {'a finished' if finished else 'an unfinished'} "
+                        "run; name another folder, delete this one, or go on with --resume")
     for path in found:
         try:
-            state = load_checkpoint(path, "cpu", command)
+            state = load_checkpoint(path, "cpu", command, lambda s: s["counts"] and s)  # no best.pt
         except UserError as e:
             faults.append(str(e))
             continue
@@ -1628,7 +1576,7 @@ def open_run(cfg, command):
             wrong.append(f"{state['processes']} processes, not {processes()[1]}")
         if wrong:
             raise UserError(f"--resume: the run in {out} has {', '.join(wrong)}")
-        return state
+        return state | {"spare": path.name == "last.pt"}
     if faults:
         raise UserError(faults[0])
     return None
@@ -1657,11 +1605,11 @@ class Gan(NamedTuple):
 
 
 def make_gan(cfg, match, encoders, device):
-    """S and F frozen, and a fresh G as the settings say."""
+    """S and F frozen, a fresh G as the settings say; match also says how pairs are loaded."""
     speech_encoder, face_encoder = (e.eval().requires_grad_(False) for e in encoders)
-    generator = Generator(match.size, cfg.width, cfg.c_length).to(device)
-    return Gan(cfg, match, speech_encoder, face_encoder,
-               generator.to(memory_format=torch.channels_last))
+    generator = Generator(match.size, cfg.width, cfg.c_length)
+    return Gan(cfg, replace(match, batch=cfg.batch, workers=cfg.workers), speech_encoder,
+               face_encoder, generator.to(device, memory_format=torch.channels_last))
 
 
 def load_gan(path, device):
@@ -1698,29 +1646,28 @@ def make_optimizer(encoders, cfg):
 
 def validate(encoders, people, cfg, faults, device, draws=20):
     """Accuracy (%) of the trained task: always the same windows, a mean over draws of negatives."""
-    pairs = Pairs(people, cfg.seconds, cfg.size, cfg.batch, cfg.seed, shuffle=False)
-    embedded = embed_pairs(encoders, pairs, device, cfg.workers, faults)
+    embedded = embed_pairs(encoders, people, cfg, cfg.seed, device, faults)
+    for encoder in encoders:
+        encoder.train()
     generator = torch.Generator().manual_seed(cfg.seed)
     val = np.mean([k_way(*embedded, cfg.k, cfg.direction, generator) for _ in range(draws)]).item()
-    if not math.isfinite(val):
-        raise diverged("validation: embeddings are NaN")
     return val
 
 
-def find_corpus(cfg):
-    """Make the synthetic corpus where it is asked for and missing."""
+def find_corpus(cfg, k):
+    """The corpus --data and its labels; the synthetic one is made where it is missing."""
     rank, count = processes()
     if rank == 0 and cfg.data == SYNTHETIC and not Path(cfg.data).exists():
-        make_data(cfg.data, MakeSettings.identities, MakeSettings.seed)
+        make_data(MakeSettings, cfg.data)  # the class holds the defaults
     if count > 1:
         distributed.barrier()
+    return open_corpus(cfg.data, k), read_labels(cfg.data)
 
 
 def match_train(cfg):
     """Train S and F label-free on Eq. 1, keep the pair that validates best, test that one."""
     device = pick_device(cfg.device)
-    find_corpus(cfg)
-    corpus, labels = open_corpus(cfg.data, cfg.k), read_labels(cfg.data)
+    corpus, labels = find_corpus(cfg, cfg.k)
     state, out = open_run(cfg, "match-train"), Path(cfg.out)
     torch.manual_seed(cfg.seed)
     encoders = speech_encoder, face_encoder = make_encoders(cfg, device)
@@ -1732,8 +1679,8 @@ def match_train(cfg):
 
     def check():
         val = validate(encoders, corpus["val"], cfg, run.faults, device)
-        run.progress.say(f"validation after step {run.step}: "
-                         f"{cfg.direction} {cfg.k}-way {val:.1f} %")
+        print(f"validation after step {run.step}: {cfg.direction} {cfg.k}-way {val:.1f} %",
+              flush=True)
         if val > run.best:
             run.best = val
             save_checkpoint(out / "best.pt", weights, step=run.step, val=val, **run.fixed)
@@ -1762,7 +1709,7 @@ def match_train(cfg):
 def report_matching(encoders, people, labels, cfg, runs, out, device):
     """Print the tests' table and write metrics.json and examples.png."""
     metrics = evaluate_matching(encoders, people, labels, cfg, runs, device)
-    print_metrics(metrics)
+    print_table(metrics, {"trained": "", "oracle": "oracle/"})
     write_json(out / "metrics.json", metrics)
     draw_examples(encoders, people, cfg, out / "examples.png", device)
 
@@ -1785,8 +1732,7 @@ def gan_train(cfg):
     if cfg.preset == "paper" and match.size != side:
         raise UserError(f"--preset paper: needs encoders of {side} pixels, {cfg.match} is of "
                         f"{match.size} pixels; train it with match-train --preset paper")
-    find_corpus(cfg)
-    corpus, labels = open_corpus(cfg.data, 2), read_labels(cfg.data)
+    corpus, labels = find_corpus(cfg, 2)
     state, out = open_run(cfg, "gan-train"), Path(cfg.out)
     if state and any(not torch.equal(x.cpu(), state["face_encoder"][name])
                      for name, x in encoders[1].state_dict().items()):
@@ -1811,8 +1757,8 @@ def gan_train(cfg):
         val = evaluate_generator(gan, corpus["val"], {}, 1, device, run.faults)
         val = {name: val[name] for name in ("preferred", "f-v/2", "real/f-v/2") if name in val}
         run.record({"step": run.step} | {f"val/{name}": value for name, value in val.items()})
-        run.progress.say(f"validation after step {run.step}: "
-                         + "  ".join(f"{name} {value:.1f} %" for name, value in val.items()))
+        print(f"validation after step {run.step}:",
+              *(f"{name} {value:.1f} %" for name, value in val.items()), sep="  ", flush=True)
         draw_samples(gan, corpus["val"], samples / f"{run.step:06}.png", device)
 
     shared_g, shared_d = share(generator), share(discriminator)
@@ -1836,18 +1782,17 @@ def gan_train(cfg):
 
     if run.rank == 0:
         metrics = evaluate_generator(gan, corpus["test"], labels, cfg.runs, device, FaultCounter())
-        print_generation(metrics)
+        print_table(metrics, {"generated face": "", "true face": "real/"})
+        print(f"generated face preferred to the true one: {show(metrics, 'preferred')} %")
         write_json(out / "metrics.json", metrics)
 
 
-# ==================================================================================================
-# 7. Analyses: K-way matching in both directions [paper §4, Tables 1 and 2] and its ceiling [ours];
-# what the inference networks make of generated faces [paper §4, QTA 2]
+# ==== 7. Analyses: K-way matching [paper §4, Tables 1 and 2] and its ceiling [ours], QTA, figures =
 # A row of Table 1 is a training (--direction v-f or f-v) on a corpus of one clip per identity, a
 # row of Table 2 one on VoxCeleb with VGGFace.
-# ==================================================================================================
 
 TEST_KS = (2, 10)  # [paper §4]
+TASKS = list(itertools.product(DIRECTIONS, TEST_KS))
 CHUNK = 4096  # clips handled at once: memory grows with their number, not with its square [ours]
 
 
@@ -1868,16 +1813,15 @@ def draw_rivals(identity, k, generator):
 def k_way(speech, faces, identity, k, direction, generator):
     """Top-1 accuracy of K-way matching over N clips, in percent: (N, D), (N, D), (N,) -> float."""
     query, keys = (speech, faces) if direction == "v-f" else (faces, speech)
-    positive = torch.arange(len(identity))[:, None]
-    candidates, hits = torch.cat([positive, draw_rivals(identity, k, generator)], 1), 0.0  # (N, K)
-    for rows in positive[:, 0].split(CHUNK):
-        logits = (query[rows][:, None] * keys[candidates[rows]]).sum(2)  # (n, K, D) -> (n, K)
-        hits += top1(logits).sum().item()
-    return 100 * hits / len(identity)
+    rivals = draw_rivals(identity, k, generator)  # (N, K-1)
+    candidates = torch.cat([torch.arange(len(identity))[:, None], rivals], 1)  # (N, K)
+    hits = [top1((q[:, None] * keys[rows]).sum(2))  # (n, 1, D), (n, K, D) -> (n, K) -> (n,)
+            for q, rows in zip(query.split(CHUNK), candidates.split(CHUNK))]
+    return 100 * torch.cat(hits).sum().item() / len(identity)
 
 
-def matching_run(speech, faces, identity, genders, seed):
-    """One run of all tests: {"v-f/2": percent, ..., "v-f/2/gender": ...}; genders are N texts.
+def matching_run(speech, faces, identity, genders, seed, prefix=""):
+    """One run of all tests: {prefix + "v-f/2": percent, ... "v-f/2/gender": ...}; N genders.
 
     With /gender the negatives are of the positive's gender, and clips without one ("") stay out. A
     test that has fewer than K people is left out.
@@ -1886,7 +1830,7 @@ def matching_run(speech, faces, identity, genders, seed):
              "/gender": [torch.tensor([i for i, g in enumerate(genders) if g == gender])
                          for gender in sorted(set(genders) - {""})]}
     row = {}
-    for direction, k in itertools.product(("v-f", "f-v"), TEST_KS):
+    for direction, k in TASKS:
         for suffix, groups in parts.items():
             groups = [group for group in groups if len(identity[group].unique()) >= k]
             scores, generator = [], torch.Generator().manual_seed(seed)
@@ -1894,22 +1838,20 @@ def matching_run(speech, faces, identity, genders, seed):
                 pairs = speech[group], faces[group], identity[group]
                 scores.append(len(group) * k_way(*pairs, k, direction, generator))
             if groups:
-                row[f"{direction}/{k}{suffix}"] = sum(scores) / sum(map(len, groups))
+                row[f"{prefix}{direction}/{k}{suffix}"] = sum(scores) / sum(map(len, groups))
     return row
 
 
 @torch.no_grad()
-def embed_pairs(encoders, pairs, device, workers, faults):
+def embed_pairs(encoders, people, cfg, seed, device, faults):
     """A pair of every clip, encoded: speech (N, D), faces (N, D), identity (N,), on the CPU."""
-    modes = [encoder.training for encoder in encoders]
+    pairs = Pairs(people, cfg.seconds, cfg.size, cfg.batch, seed, shuffle=False)
     speech_encoder, face_encoder = (encoder.eval() for encoder in encoders)
     rows = []
-    for batch in load_batches(pairs, range(len(pairs)), workers):
+    for batch in load_batches(pairs, range(len(pairs)), cfg.workers):
         faults.add(batch)
         speech, faces = to_device(batch, device)
         rows.append((speech_encoder(speech).cpu(), face_encoder(faces).cpu(), batch.identity))
-    for encoder, mode in zip(encoders, modes):
-        encoder.train(mode)
     return [torch.cat(column) for column in zip(*rows)]
 
 
@@ -1920,9 +1862,10 @@ def oracle_embeddings(labels, names, identity):
     return torch.tensor(rows, dtype=torch.float32)[identity]
 
 
-def genders_of(labels, pairs, identity):
+def genders_of(labels, people, identity):
     """The gender of N clips' people as labels.csv has it, "" where it has none."""
-    return [labels.get(pairs.names[i], {}).get("gender") or "" for i in identity]
+    genders = [labels.get(name, {}).get("gender") or "" for name in people]
+    return [genders[i] for i in identity]
 
 
 def evaluate_matching(encoders, people, labels, cfg, runs, device):
@@ -1931,74 +1874,69 @@ def evaluate_matching(encoders, people, labels, cfg, runs, device):
     Every run draws fresh windows, frames and negatives. The oracle sees the shared factors and
     guesses among candidates that share them all: nobody can expect to do better.
     """
-    results, faults = {"": [], "oracle/": []}, FaultCounter()
+    rows, faults = [], FaultCounter()
     for run in range(runs):
         seed = cfg.seed + 1000 * (run + 1)
-        pairs = Pairs(people, cfg.seconds, cfg.size, cfg.batch, seed, shuffle=False)
-        speech, faces, identity = embed_pairs(encoders, pairs, device, cfg.workers, faults)
-        genders = genders_of(labels, pairs, identity)
-        results[""].append(matching_run(speech, faces, identity, genders, seed))
-        if all(factor in labels.get(name, {}) for factor in SHARED for name in pairs.names):
-            truth = oracle_embeddings(labels, pairs.names, identity)
-            results["oracle/"].append(matching_run(truth, truth, identity, genders, seed))
-    return {prefix + key: value for prefix, rows in results.items()
-            for key, value in mean_and_std(rows).items()}
+        speech, faces, identity = embed_pairs(encoders, people, cfg, seed, device, faults)
+        genders = genders_of(labels, people, identity)
+        row = matching_run(speech, faces, identity, genders, seed)
+        if all(factor in labels.get(name, {}) for factor in SHARED for name in people):
+            truth = oracle_embeddings(labels, people, identity)
+            row |= matching_run(truth, truth, identity, genders, seed, "oracle/")
+        rows.append(row)
+    return mean_and_std(rows)
 
 
 def mean_and_std(rows):
     """{key: mean, key/std: deviation} over the runs' rows; a run may lack people for a K."""
     metrics = {}
-    for key in rows[0] if rows else ():
-        values = np.array([row.get(key, math.nan) for row in rows])
-        values = values[np.isfinite(values)]
-        metrics[key] = round(values.mean(), 2)
-        metrics[f"{key}/std"] = round(values.std(ddof=1), 2) if len(values) > 1 else 0.0
+    for key in rows[0]:
+        values = [row[key] for row in rows if key in row]
+        metrics[key] = round(np.mean(values), 2)
+        metrics[f"{key}/std"] = round(np.std(values, ddof=1), 2) if len(values) > 1 else 0.0
     return metrics
 
 
-def print_metrics(metrics):
-    """The metrics of evaluate_matching as a table, a line per direction and K."""
-    print(f"\n{'accuracy in %':16}{'trained':>15}{'oracle':>9}{'chance':>9}"
-          f"{'same gender':>20}{'oracle':>9}")
-    for task in [f"{direction}/{k}" for direction in ("v-f", "f-v") for k in TEST_KS]:
-        direction, k = task.split("/")
-        cells = []
-        for key in (task, f"{task}/gender"):
-            cells.append(f"{metrics[key]:.1f} +- {metrics[key + '/std']:.1f}"
-                         if key in metrics else "-")
-            cells.append(f"{metrics['oracle/' + key]:.1f}" if "oracle/" + key in metrics else "-")
-        print(f"{direction.upper()} {k:>2}-way{'':6}{cells[0]:>15}{cells[1]:>9}{100 / int(k):9.1f}"
-              f"{cells[2]:>20}{cells[3]:>9}")
+def show(metrics, key, sign="+-", unit="", digits=1):
+    """A metric with its deviation, if it has one, as text; "-" where nothing was measured."""
+    std = f" {sign} {metrics[key + '/std']:.1f}" if f"{key}/std" in metrics else ""
+    return f"{metrics[key]:.{digits}f}{std}{unit}" if key in metrics else "-"
+
+
+def print_table(metrics, columns):
+    """Accuracies: a line per test, a column per {title: prefix of its keys}, and chance."""
+    titles = "".join(f"{title:>18}" for title in columns)
+    print(f"\n{'accuracy in %':22}{titles}{'chance':>9}")
+    for (direction, k), suffix in itertools.product(TASKS, ("", "/gender")):
+        key, note = f"{direction}/{k}{suffix}", " same gender" if suffix else ""
+        cells = "".join(f"{show(metrics, prefix + key):>18}" for prefix in columns.values())
+        print(f"{direction.upper()} {k:>2}-way{note:12}{cells}{100 / k:9.1f}")
 
 
 @torch.no_grad()
 def draw_examples(encoders, people, cfg, path, device, rows=4):
     """Picture the V-F task: a voice per row, K faces, over each p(f_j | s) of Eq. 1."""
-    k = min(max(TEST_KS), len(people))
-    pairs = Pairs(people, cfg.seconds, cfg.size, min(max(k, cfg.batch), len(people)),
-                  cfg.seed, shuffle=True)
-    batch, generator = pairs[0], torch.Generator().manual_seed(cfg.seed)
-    if batch.speech is None:
-        return
-    k = min(k, len(batch.identity.unique()))
+    most, generator = max(TEST_KS), torch.Generator().manual_seed(cfg.seed)
+    batch = Pairs(people, cfg.seconds, cfg.size, min(max(most, cfg.batch), len(people)), cfg.seed,
+                  shuffle=True)[0]
+    k = min(most, len(batch.identity.unique()))
     candidates = draw_candidates(batch.identity, k, generator)  # (B, K)
     embedded = [net.eval()(x).cpu() for net, x in zip(encoders, to_device(batch, device))]
     chances = match_logits(*embedded, candidates, "v-f").softmax(1)  # (B, K)
-    faces, notes = to_pixels(batch.faces, "cpu"), []  # (B, 3, H, W)
-    orders = [torch.randperm(k, generator=generator) for _ in batch.identity[:rows]]
-    for row, order in enumerate(orders):
-        notes.append([f"{100 * chances[row, j]:.0f} %{', its own' if j == 0 else ''}"
-                      for j in order])
-    draw_grid(path, [faces[candidates[row, order]] for row, order in enumerate(orders)], notes,
-              ["p(face | voice)"])
+    faces, grid, notes = to_pixels(batch.faces, "cpu"), [], []  # (B, 3, H, W)
+    for columns, chance in list(zip(candidates, chances))[:rows]:
+        order = torch.randperm(k, generator=generator).tolist()
+        grid.append(faces[columns[order]])  # (K, 3, H, W)
+        notes.append([f"{100 * chance[j]:.0f} %{', its own' if j == 0 else ''}" for j in order])
+    draw_grid(path, grid, notes, ["p(face | voice)"])
 
 
 @torch.no_grad()
 def draw_fakes(gan, c, z):
-    """G(z, c), (N, 3, H, W), of N conditions (N, D) and z (N, D), on the CPU."""
+    """G(z, c), (n, 3, H, W), on the CPU, of z and c, (n, D) each or one of them (D,) for all."""
     device = next(gan.generator.parameters()).device
-    return torch.cat([gan.generator(z.to(device), c.to(device)).cpu()
-                      for z, c in zip(z.split(CHUNK), c.split(CHUNK))])
+    z, c = torch.broadcast_tensors(z, c)
+    return gan.generator(z.to(device), c.to(device)).cpu()
 
 
 @torch.no_grad()
@@ -2020,21 +1958,16 @@ def evaluate_generator(gan, people, labels, runs, device, faults, versus=None):
     rows, encoders = [], (gan.speech_encoder, gan.face_encoder)
     for run in range(runs):
         seed = gan.cfg.seed + 1000 * (run + 1)
-        pairs = Pairs(people, gan.match.seconds, gan.match.size, gan.cfg.batch, seed, shuffle=False)
-        c, real, identity = embed_pairs(encoders, pairs, device, gan.cfg.workers, faults)
+        c, real, identity = embed_pairs(encoders, people, gan.match, seed, device, faults)
         fake = embed_fakes(gan, c, seed)  # (N, D), as c and real are
-        if not fake.isfinite().all():
-            raise diverged("validation: drawn faces are NaN")
-        genders = genders_of(labels, pairs, identity)
+        genders = genders_of(labels, people, identity)
         row = {"preferred": preference(c, fake, real)}
         if versus:  # another generator on the same encoders, with the same z
             other = embed_fakes(versus, c, seed)
             row |= {"versus/preferred": preference(c, other, real),
                     "versus/over": preference(c, fake, other)}
-        row |= matching_run(c, fake, identity, genders, seed)
-        row |= {f"real/{key}": value
-                for key, value in matching_run(c, real, identity, genders, seed).items()}
-        rows.append(row)
+        rows.append(row | matching_run(c, fake, identity, genders, seed)
+                    | matching_run(c, real, identity, genders, seed, "real/"))
     return mean_and_std(rows)
 
 
@@ -2069,35 +2002,18 @@ def draw_grid(path, rows, names, heads, least=128):
     picture.save(path)
 
 
+@torch.no_grad()
 def draw_samples(gan, people, path, device, rows=6, columns=7):
     """Draw the same voices with the same z at every call; the first column is the true face."""
     some = dict(list(people.items())[::max(1, len(people) // rows)][:rows])
     pairs = Pairs(some, gan.match.seconds, gan.match.size, rows, gan.cfg.seed, shuffle=False)
     pairs.every = [(i, None) for i in range(len(some))]  # a random clip of each
     batch, z = pairs[0], torch.randn(columns, EMBED, generator=torch.Generator().manual_seed(0))
-    if batch.speech is None:
-        return
-    speech, faces = to_device(batch, device)
-    with torch.no_grad():
-        c = gan.speech_encoder(speech).cpu()  # (rows, T) -> (rows, D)
-    drawn = [draw_fakes(gan, one.expand(columns, -1), z) for one in c]  # rows of (columns, 3, H, W)
-    drawn = [torch.cat([face[None], row]) for face, row in zip(faces, drawn)]
+    c = gan.speech_encoder(send(batch.speech, device)).cpu()  # (rows, T) -> (rows, D)
+    faces = to_pixels(batch.faces, "cpu")  # (rows, 3, H, W)
+    grid = [torch.cat([faces[i:i + 1], draw_fakes(gan, c[i], z)]) for i in range(len(c))]
     names = [f"the voice of {pairs.names[i]}" for i in batch.identity]
-    draw_grid(path, drawn, names, ["true face", *(f"z {i + 1}" for i in range(columns))])
-
-
-def print_generation(metrics):
-    """The metrics of evaluate_generator as a table."""
-    def cell(key):
-        return f"{metrics[key]:.1f} +- {metrics[key + '/std']:.1f}" if key in metrics else "-"
-
-    print(f"\n{'accuracy in %':22}{'generated face':>18}{'true face':>18}{'chance':>9}")
-    for direction, k in itertools.product(("v-f", "f-v"), TEST_KS):
-        for suffix, note in (("", ""), ("/gender", " same gender")):
-            key = f"{direction}/{k}{suffix}"
-            print(f"{direction.upper()} {k:>2}-way{note:12}{cell(key):>18}{cell('real/' + key):>18}"
-                  f"{100 / k:9.1f}")
-    print(f"generated face preferred to the true one: {cell('preferred')} %")
+    draw_grid(path, grid, names, ["true face", *(f"z {i + 1}" for i in range(columns))])
 
 
 def generate(args, recordings):
@@ -2106,7 +2022,7 @@ def generate(args, recordings):
     gan = load_gan(args.gan, device)
     c = torch.stack([encode_recording(gan, path, args.seed, device) for path in recordings])
     z = torch.randn(args.n, EMBED, generator=torch.Generator().manual_seed(args.seed))  # (n, D)
-    rows = [draw_fakes(gan, one.expand(args.n, -1), z) for one in c]  # (n, 3, H, W) each
+    rows = [draw_fakes(gan, one, z) for one in c]  # (n, 3, H, W) each
     make_folder(Path(args.out).parent)
     draw_grid(args.out, rows, recordings, [f"z {i + 1}" for i in range(args.n)])
     print(f"{args.out}: {args.n} faces for each of {len(rows)} recordings")
@@ -2206,9 +2122,8 @@ def recall(queries, person, gallery, owner, prefix):
 def recall_by_chance(person, owner, k):
     """R@k in percent of a random order: one less the chance to miss all m faces of the speaker."""
     k, faces = min(k, len(owner)), owner.bincount(minlength=int(person.max()) + 1)
-    counts = zip(*(x.tolist() for x in faces[person].unique(return_counts=True)))  # (m, queries)
-    misses = sum(n * math.comb(len(owner) - m, k) / math.comb(len(owner), k) for m, n in counts)
-    return 100 * (1 - misses / len(person))
+    misses = sum(math.comb(len(owner) - m, k) for m in faces[person].tolist())
+    return 100 * (1 - misses / math.comb(len(owner), k) / len(person))
 
 
 def list_faces(people, each, limit, seed):
@@ -2217,23 +2132,19 @@ def list_faces(people, each, limit, seed):
     for i in rng.permutation(len(everybody)).tolist():
         own = [f"{clip.folder}/{name}" for clip in everybody[i] for name in clip.faces]
         faces += [(i, own[j]) for j in rng.permutation(len(own))[:each]]
-        if len(faces) >= limit:
-            break
     return faces[:limit]
 
 
-def load_faces(paths, size):
-    """The readable ones of many faces, uint8 (N, H, W, 3), and their places in `paths` (N,)."""
-    faces, kept = [], []
-    for i, path in enumerate(paths):
+def load_faces(listed, size):
+    """The readable ones of listed faces, uint8 (N, H, W, 3), and whose they are, (N,)."""
+    faces, person = [], []
+    for i, path in listed:
         try:
             faces.append(load_face(path, size))
-            kept.append(i)
+            person.append(i)
         except ValueError as e:
             print(f"left out: {e}", file=sys.stderr)
-    if not faces:
-        raise UserError(f"none of {len(paths)} faces could be read (run check-data)")
-    return torch.from_numpy(np.stack(faces)), torch.tensor(kept)
+    return torch.from_numpy(np.stack(faces)), torch.tensor(person)
 
 
 def probe_targets(row):
@@ -2253,12 +2164,9 @@ def probe_targets(row):
 
 def probe_columns():
     """{factor: slice of its numbers in probe_targets}."""
-    columns, start = {}, 0
-    for name, kind in PROBED.items():
-        width = {"hue": 2, "line": 1}.get(kind, kind)
-        columns[name] = slice(start, start + width)
-        start += width
-    return columns
+    widths = [{"hue": 2, "line": 1}.get(kind, kind) for kind in PROBED.values()]
+    ends = itertools.accumulate(widths)
+    return {name: slice(end - n, end) for name, n, end in zip(PROBED, widths, ends)}
 
 
 def train_probe(faces, targets, size, width, device, steps=500, batch=64):
@@ -2320,28 +2228,19 @@ def draw_scatter(path, panels, across, up, side=300):
     picture = Image.new("RGB", (width * len(panels), height), "white")
     draw = ImageDraw.Draw(picture)
     for i, (title, xs, ys) in enumerate(panels):
-        def place(x, y, x0=i * width + left):
-            return x0 + side * x / limit, top + side * (1 - y / limit)
-
-        for x, y in zip(xs.tolist(), ys.tolist()):
-            x, y = place(x, y)
+        x0, foot_y = i * width + left, top + side
+        for x, y in zip((x0 + side * xs / limit).tolist(), (foot_y - side * ys / limit).tolist()):
             draw.ellipse((x - 1.5, y - 1.5, x + 1.5, y + 1.5), (70, 110, 170))
-        draw.rectangle((*place(0, limit), *place(limit, 0)), outline="black")
+        draw.rectangle((x0, top, x0 + side, foot_y), outline="black")
         for tick in ticks:
-            (x, y), (x0, y0) = place(tick, 0), place(0, tick)
-            draw.line((x, y, x, y + 5), "black"), draw.line((x0 - 5, y0, x0, y0), "black")
-            draw.text((x, y + 8), f"{tick:.1f}", "black", font, anchor="ma")
-            draw.text((x0 - 8, y0), f"{tick:.1f}", "black", font, anchor="rm")
-        draw.text((i * width + left, 10), title, "black", font)
+            x, y = x0 + side * tick / limit, foot_y - side * tick / limit
+            draw.line((x, foot_y, x, foot_y + 5), "black"), draw.line((x0 - 5, y, x0, y), "black")
+            draw.text((x, foot_y + 8), f"{tick:.1f}", "black", font, anchor="ma")
+            draw.text((x0 - 8, y), f"{tick:.1f}", "black", font, anchor="rm")
+        draw.text((x0, 10), title, "black", font)
         draw.text((i * width + 8, top - 24), up, (90, 90, 90), font)
-        draw.text((i * width + left + side / 2, top + side + 28), across, (90, 90, 90), font,
-                  anchor="ma")
+        draw.text((x0 + side / 2, foot_y + 28), across, (90, 90, 90), font, anchor="ma")
     picture.save(path)
-
-
-def between(a, b, steps):
-    """Points on the line from a to b, (D,), both ends included: (steps, D)."""
-    return torch.lerp(a[None], b[None], torch.linspace(0, 1, steps)[:, None])
 
 
 def draw_report(gan, c, faces, first, out, seed, rows=4, columns=7):
@@ -2352,23 +2251,22 @@ def draw_report(gan, c, faces, first, out, seed, rows=4, columns=7):
     def true(i):
         return to_pixels(faces[first[i]][None], "cpu")  # (1, 3, H, W)
 
+    def row(i, c, z):  # the true face of voice i, then G(z, c): (1 + columns, 3, H, W)
+        return torch.cat([true(i), draw_fakes(gan, c, z)])
+
+    t = torch.linspace(0, 1, columns)[:, None]  # shares of the way
     z = torch.randn(max(columns, rows + 1), EMBED, generator=torch.Generator().manual_seed(seed))
     chosen = torch.arange(len(c))[::max(1, len(c) // (2 * rows))][:2 * rows].tolist()
     couples = list(zip(chosen[::2], chosen[1::2]))
-    shares = [f"{100 * t:.0f} %" for t in np.linspace(0, 1, columns)]
-    grid = [torch.cat([true(i), draw_fakes(gan, c[i].expand(columns, -1), z[:columns])])
-            for i in chosen]  # rows of (1 + columns, 3, H, W)
-    draw_grid(out / "grid.png", grid, [f"voice {i}" for i in chosen],
-              ["true face", *(f"z {i + 1}" for i in range(columns))])
-    grid = [torch.cat([true(i), draw_fakes(gan, between(c[i], c[j], columns),
-                                           z[:1].expand(columns, -1)), true(j)])
-            for i, j in couples]
-    draw_grid(out / "between_voices.png", grid, [f"voice {i} to voice {j}" for i, j in couples],
-              ["true face", *shares, "true face"])
-    grid = [torch.cat([true(i), draw_fakes(gan, c[i].expand(columns, -1),
-                                           between(z[k], z[k + 1], columns))])
-            for k, (i, _) in enumerate(couples)]
-    draw_grid(out / "between_z.png", grid,
+    shares = [f"{100 * share:.0f} %" for share in t[:, 0]]
+    draw_grid(out / "grid.png", [row(i, c[i], z[:columns]) for i in chosen],
+              [f"voice {i}" for i in chosen],
+              ["true face", *(f"z {k + 1}" for k in range(columns))])
+    draw_grid(out / "between_voices.png",
+              [torch.cat([row(i, torch.lerp(c[i], c[j], t), z[0]), true(j)]) for i, j in couples],
+              [f"voice {i} to voice {j}" for i, j in couples], ["true face", *shares, "true face"])
+    draw_grid(out / "between_z.png",
+              [row(i, c[i], torch.lerp(z[k], z[k + 1], t)) for k, (i, _) in enumerate(couples)],
               [f"voice {i}, z {k + 1} to z {k + 2}" for k, (i, _) in enumerate(couples)],
               ["true face", *shares])
 
@@ -2376,11 +2274,8 @@ def draw_report(gan, c, faces, first, out, seed, rows=4, columns=7):
 def draw_retrieval(gan, c, person, faces, first, gallery, owner, out, seed, rows=6, top=5):
     """Figure 6: true face, generated one, the `top` nearest true ones by cosine distance."""
     some = torch.arange(len(c))[::max(1, len(c) // rows)][:rows]
-    drawn = draw_fakes(gan, c[some], torch.randn(
-        len(some), EMBED, generator=torch.Generator().manual_seed(seed)))  # (rows, 3, H, W)
-    device = next(gan.face_encoder.parameters()).device
-    with torch.no_grad():
-        queries = gan.face_encoder(drawn.to(device)).cpu()  # (rows, D)
+    z = torch.randn(len(some), EMBED, generator=torch.Generator().manual_seed(seed))
+    drawn, queries = draw_fakes(gan, c[some], z), embed_fakes(gan, c[some], seed)  # the same z
     nearest, right = retrieve(queries, person[some], gallery, owner, "cosine", top)
     hits = [[str(k) for k, hit in enumerate(row, 1) if hit] for row in right.tolist()]
     grid = [torch.cat([to_pixels(faces[first[i]][None], "cpu"), face[None],
@@ -2411,38 +2306,31 @@ def control_table(gan, c, corpus, labels, device, voices=48, noises=16):
     both; as ideal, the share of the right one of c and z in a perfect generator's faces; as spread,
     the variance of the generated faces, of that of the perfect generator's. All [ours].
     """
-    loaded = {}
-    for split in ("train", "test"):
-        people, names = corpus[split], list(corpus[split])
-        listed = list_faces(people, FRAMES, 5000, gan.cfg.seed)
-        faces, kept = load_faces([path for _, path in listed], gan.match.size)
-        loaded[split] = faces, torch.tensor([probe_targets(labels[names[listed[i][0]]])
-                                             for i in kept])
-    probe = train_probe(*loaded["train"], gan.match.size, gan.match.face_width, device)
-    real, truth = loaded["test"]
-    read = torch.cat([read_factors(probe, to_pixels(f, device)) for f in real.split(64)])  # (N, E)
+    loaded = []
+    for people in (corpus["train"], corpus["test"]):
+        faces, person = load_faces(list_faces(people, FRAMES, 5000, gan.cfg.seed), gan.match.size)
+        targets = torch.tensor([probe_targets(labels[name]) for name in people])  # (P, E)
+        loaded.append((faces, targets[person]))
+    probe = train_probe(*loaded[0], gan.match.size, gan.match.face_width, device)
+    real, truth = loaded[1]  # uint8 (N, H, W, 3), (N, E)
+    read = read_factors(probe, to_pixels(real, device))  # (N, E)
     c = c[torch.linspace(0, len(c) - 1, min(voices, len(c))).long()]  # (V, D)
     z = torch.randn(noises, EMBED, generator=torch.Generator().manual_seed(gan.cfg.seed))  # (Z, D)
-    drawn = torch.stack([read_factors(probe, draw_fakes(gan, one.expand(noises, -1), z).to(device))
-                         for one in c])  # (V, Z, E)
+    drawn = torch.stack([read_factors(probe, draw_fakes(gan, one, z).to(device)) for one in c])
     ideal = torch.stack([read_factors(probe, to_pixels(faces, device)) for faces in
                          draw_ideal(len(c), noises, gan.match.size, gan.cfg.seed)])  # (V, Z, E)
     metrics = {}
     for name, cols in probe_columns().items():
-        shares = variance_shares(ideal[..., cols])
-        metrics[f"control/{name}/ideal"] = round(100 * shares[0 if name in SHARED else 1], 1)
-        spread, full = (x[..., cols].var((0, 1)).sum() for x in (drawn, ideal))
-        if not spread > 0:
-            continue  # the generator draws one face only
-        metrics[f"control/{name}/spread"] = round(100 * (spread / full).item(), 1)
+        fake, best, seen, true = (x[..., cols] for x in (drawn, ideal, read, truth))
         if isinstance(PROBED[name], str):
-            error = (read[:, cols] - truth[:, cols]).square().mean() / truth[:, cols].var(0).mean()
-            skill = 100 * (1 - error)  # R^2
+            skill = 1 - (seen - true).square().mean() / true.var(0).mean()  # R^2
         else:
-            skill = 100 * (read[:, cols].argmax(1) == truth[:, cols].argmax(1)).float().mean()
-        metrics[f"control/{name}/probe"] = round(skill.item(), 1)
-        for key, share in zip(("c", "z", "both"), variance_shares(drawn[..., cols])):
-            metrics[f"control/{name}/{key}"] = round(100 * share, 1)
+            skill = (seen.argmax(1) == true.argmax(1)).float().mean()
+        found = dict(zip(("c", "z", "both"), variance_shares(fake)), probe=skill.item(),
+                     ideal=variance_shares(best)[0 if name in SHARED else 1],
+                     spread=(fake.var((0, 1)).sum() / best.var((0, 1)).sum()).item())
+        metrics |= {f"control/{name}/{key}": round(100 * share, 1) for key, share in found.items()
+                    if math.isfinite(share)}  # no shares where one face only is drawn
     return metrics
 
 
@@ -2453,7 +2341,7 @@ def gan_test(args):
     versus = load_gan(args.versus, device) if args.versus else None
     if versus and not torch.equal(versus.face_encoder.head.weight, gan.face_encoder.head.weight):
         raise UserError(f"--versus {args.versus}: was trained on other encoders than {args.gan}")
-    gan = gan._replace(cfg=replace(gan.cfg, seed=args.seed, workers=args.workers))
+    gan.cfg.seed, gan.match.workers = args.seed, args.workers
     labels = read_labels(args.data)
     known = any(set(PROBED) <= set(row) for row in labels.values())
     corpus = open_corpus(args.data, 2, ("train", "test") if known else ("test",))
@@ -2464,10 +2352,9 @@ def gan_test(args):
     people, faults = corpus["test"], FaultCounter()
     metrics = evaluate_generator(gan, people, labels, args.runs, device, faults, versus)
 
-    pairs = Pairs(people, gan.match.seconds, gan.match.size, gan.cfg.batch, args.seed, False)
     encoders = gan.speech_encoder, gan.face_encoder
-    c, _, identity = embed_pairs(encoders, pairs, device, args.workers, faults)
-    genders = genders_of(labels, pairs, identity)
+    c, _, identity = embed_pairs(encoders, people, gan.match, args.seed, device, faults)
+    genders = genders_of(labels, people, identity)
     cd_c, cd_f, couple, same = qta1(gan, c, identity, genders, args.couples, args.seed)
     r, low, high = correlation(cd_c, cd_f, couple)
     if math.isfinite(r):  # not with two people: all distances are the same
@@ -2481,8 +2368,7 @@ def gan_test(args):
     draw_scatter(out / "distances.png", panels, "CD(c1, c2)", "CD(F(G(z1, c1)), F(G(z2, c2)))")
 
     listed = list_faces(people, args.each, args.gallery, args.seed)
-    faces, kept = load_faces([path for _, path in listed], gan.match.size)
-    owner = torch.tensor([listed[i][0] for i in kept])  # (G,), the person of each gallery face
+    faces, owner = load_faces(listed, gan.match.size)  # (G, H, W, 3), (G,): whose each is
     with torch.no_grad():
         gallery = torch.cat([gan.face_encoder(to_pixels(f, device)).cpu() for f in faces.split(64)])
     asked = torch.isin(identity, owner)  # voices whose speaker is in the gallery
@@ -2505,77 +2391,64 @@ def gan_test(args):
         metrics |= control_table(gan, c, corpus, labels, device)
     metrics = {key: round(value, 3) for key, value in metrics.items()}
     write_json(out / "metrics.json", metrics)
-    page = report_page(metrics, args, gan, versus)
-    (out / "report.md").write_text(page, encoding="utf8")
+    (out / "report.md").write_text(report_page(metrics, args, gan, versus), encoding="utf8")
     print(f"{out / 'report.md'}: written")
 
 
 def claims(m, losses):
     """[(claim of the paper, what was found, whether it held)] by metrics m; losses of both runs.
 
-    "More" is a difference of means above the sum of both deviations.
+    A claim holds if each of its numbers is more than what stands beside it: by more than the sum of
+    both deviations.
     """
     def more(a, b):
         return m[a] - m.get(f"{a}/std", 0) > (m[b] + m.get(f"{b}/std", 0) if b in m else b)
 
-    tests = {f"real/{d}/{k}": 100 / k for d in ("v-f", "f-v") for k in TEST_KS
-             if k == 2 or f"real/{d}/{k}" in m}
-    by_c = [f"control/{name}/c" for name in ("gender", "age", "tract", "build")]
-    by_z = [f"control/{name}/z" for name in ("background", "hair", "tilt", "glasses")]
-    versus = ["preferred", "versus/preferred", "versus/over", "retrieval/cosine/5",
-              "versus/retrieval/cosine/5"]
-    rows = [
-        ("Unseen people are matched above chance, in both directions after training one",
-         list(tests), lambda: all(more(test, chance) for test, chance in tests.items())),
-        ("Voices of one gender have closer conditions, and closer faces are drawn for them",
-         ["qta1/different/c", "qta1/same/c", "qta1/different/face", "qta1/same/face"],
-         lambda: more("qta1/different/c", "qta1/same/c")
-         and more("qta1/different/face", "qta1/same/face")),
-        ("Like voices get like faces: r > 0", ["qta1/r", "qta1/r/low"],
-         lambda: m["qta1/r/low"] > 0),
-        ("F prefers the generated face to the true one", ["preferred"],
-         lambda: more("preferred", 50)),
-        ("Generated faces tell their voice better than true ones", ["f-v/2", "real/f-v/2"],
-         lambda: more("f-v/2", "real/f-v/2")),
-        ("Eq. 5 serves better than Eq. 4: in preference, head to head, in retrieval",
-         versus + ([] if losses == ("relid", "rel") else ["-"]),  # what no metrics have: not tested
-         lambda: more(versus[0], versus[1]) and more(versus[2], 50) and more(versus[3], versus[4])),
-        ("c moves gender, age and shape: 80 % of the variance", by_c,
-         lambda: all(m[key] >= 80 for key in by_c)),
-        ("z moves background, hair, tilt and glasses: 80 % of the variance", by_z,
-         lambda: all(m[key] >= 80 for key in by_z))]
-    return [(claim, ", ".join(f"{key} {m[key]:.4g}" for key in keys if key in m) or "-",
-             ("yes" if holds() else "no") if all(key in m for key in keys) else "not tested")
-            for claim, keys, holds in rows]
+    rows = {
+        "Unseen people are matched above chance, in both directions after training one":
+            [(f"real/{d}/{k}", 100 / k) for d, k in TASKS if k == 2 or f"real/{d}/{k}" in m],
+        "Voices of one gender have closer conditions, and closer faces are drawn for them":
+            [(f"qta1/different/{of}", f"qta1/same/{of}") for of in ("c", "face")],
+        "Like voices get like faces: r > 0": [("qta1/r", 0), ("qta1/r/low", 0)],
+        "F prefers the generated face to the true one": [("preferred", 50)],
+        "Generated faces tell their voice better than true ones": [("f-v/2", "real/f-v/2")],
+        "Eq. 5 serves better than Eq. 4: in preference, head to head, in retrieval":
+            [("preferred", "versus/preferred"), ("versus/over", 50),
+             ("retrieval/cosine/5", "versus/retrieval/cosine/5")],
+        "c moves gender, age and shape: 80 % of the variance":
+            [(f"control/{name}/c", 80) for name in SHARED],
+        "z moves background, hair, tilt and glasses: 80 % of the variance":
+            [(f"control/{name}/z", 80) for name in ("background", "hair", "tilt", "glasses")]}
+    found = []
+    for claim, pairs in rows.items():
+        keys = [key for pair in pairs for key in pair if isinstance(key, str)]
+        tested = m.keys() >= set(keys) and (losses == ("relid", "rel") or "Eq. 5" not in claim)
+        held = ("yes" if all(more(*pair) for pair in pairs) else "no") if tested else "not tested"
+        numbers = ", ".join(f"{key} {m[key]:.4g}" for key in keys if key in m)
+        found.append((claim, numbers or "-", held))
+    return found
 
 
 def report_page(metrics, args, gan, versus):
     """The report as Markdown: each figure and number of section 4 beside the paper's."""
-    def cell(key, unit=" %"):
-        if key not in metrics:
-            return "-"
-        spread = f" ± {metrics[key + '/std']:.1f}" if key + "/std" in metrics else ""
-        return f"{metrics[key]:.{1 if unit else 3}f}{spread}{unit}"
-
+    cell = functools.partial(show, metrics, sign="±", unit=" %")
+    number = functools.partial(show, metrics, digits=3)
     def table(head, *rows):
         return "\n".join("| " + " | ".join(map(str, row)) + " |"
                          for row in (head, ["---"] * len(head), *rows))
 
     other = (f"`{args.versus}`, `--loss {versus.cfg.loss}`, {versus.cfg.steps} steps"
              if versus else "none was given (`--versus`)")
-    tests = [f"{d}/{k}" for d in ("v-f", "f-v") for k in TEST_KS]
-    no_gender = ("" if {"qta1/same/c", "qta1/different/c"} <= set(metrics)
-                 else " (labels.csv has not two genders: not filled)")
+    two = {"qta1/same/c", "qta1/different/c"} <= set(metrics)
+    no_gender = "" if two else " (labels.csv has not two genders: not filled)"
     no_versus = "" if versus else " (no `--versus`: not filled)"
-    control = table(
-        ["Factor", "right on true faces", "due to c", "due to z", "due to both",
-         "perfect generator", "variance"],
-        *([name, cell(f"control/{name}/probe"), *(cell(f"control/{name}/{k}")
-                                                  for k in ("c", "z", "both")),
-           cell(f"control/{name}/ideal") + (" c" if name in SHARED else " z"),
-           cell(f"control/{name}/spread")]
-          for name in PROBED)) if "control/age/c" in metrics else (
-        "Not filled: labels.csv does not have the factors of the synthetic corpus.")
+    control = "Not filled: labels.csv does not have the factors of the synthetic corpus."
+    if "control/age/c" in metrics:
+        control = table(["Factor", "right on true faces", "due to c", "due to z", "due to both",
+                         "perfect generator", "variance"], *(
+            [name, *(cell(f"control/{name}/{key}") for key in ("probe", "c", "z", "both")),
+             cell(f"control/{name}/ideal") + (" c" if name in SHARED else " z"),
+             cell(f"control/{name}/spread")] for name in PROBED))
     return f"""# Report on {args.gan}
 
 Generator: `--loss {gan.cfg.loss}`, {gan.cfg.steps} steps; encoders: trained {gan.match.direction},
@@ -2590,9 +2463,9 @@ for its K, or what is named beside it.
 Given a voice, pick its face among K (V-F), or the reverse. Same gender: so are the wrong answers.
 
 {table(["Test", "true faces", "same gender", "generated", "same gender", "chance", "paper"],
-       *([f"{t.upper().replace('/', ' ')}-way", cell("real/" + t), cell(f"real/{t}/gender"),
-          cell(t), cell(t + "/gender"), f"{100 / int(t.split('/')[1]):.0f} %",
-          "88.47 % true, 95.14 % generated" if t == "f-v/2" else ""] for t in tests))}
+       *([f"{d.upper()} {k}-way", cell(f"real/{d}/{k}"), cell(f"real/{d}/{k}/gender"),
+          cell(f"{d}/{k}"), cell(f"{d}/{k}/gender"), f"{100 / k:.0f} %",
+          "88.47 % true, 95.14 % generated" if (d, k) == ("f-v", 2) else ""] for d, k in TASKS))}
 
 ## QTA 2: which face fits the voice better, by F
 
@@ -2613,14 +2486,14 @@ does not count; the paper adds that true faces are more varied than generated on
 ## Figure 5: do like voices get like faces?
 
 The cosine distance CD of two voices' conditions, against that of the faces drawn for them, each
-with its own z. Pearson's r = {cell("qta1/r", "")}, 95 % interval {cell("qta1/r/low", "")} to
-{cell("qta1/r/high", "")} (bootstrap over people).
+with its own z. Pearson's r = {number("qta1/r")}, 95 % interval {number("qta1/r/low")} to
+{number("qta1/r/high")} (bootstrap over people).
 
 ![distances](distances.png)
 
 {table(["Mean CD" + no_gender, "different gender", "same gender", "paper"],
-       ["of conditions", cell("qta1/different/c", ""), cell("qta1/same/c", ""), "0.46 -> 0.28"],
-       ["of generated faces", cell("qta1/different/face", ""), cell("qta1/same/face", ""),
+       ["of conditions", number("qta1/different/c"), number("qta1/same/c"), "0.46 -> 0.28"],
+       ["of generated faces", number("qta1/different/face"), number("qta1/same/face"),
         "0.27 -> 0.15"])}
 
 ## Table 3 and Figure 6: retrieval
@@ -2657,18 +2530,11 @@ sum of their deviations, where there are such. Numbers by their names in metrics
 """
 
 
-# ==================================================================================================
-# 8. Command line
-# ==================================================================================================
+# ==== 8. Command line =============================================================================
 
-COMMANDS = {"match-train": (MatchSettings, "train the speech and the face encoder"),
-            "match-test": (TestSettings, "test a trained pair in both directions"),
-            "gan-train": (GanSettings, "train a generator on a trained pair of encoders"),
-            "gan-test": (ReportSettings, "write a report with section 4's figures and numbers"),
-            "generate": (GenerateSettings, "draw faces for recordings"),
-            "make-data": (MakeSettings, "write the synthetic corpus to DIR"),
-            "check-data": (CheckSettings,
-                           "read every file of the corpus DIR and list what is wrong")}
+COMMANDS = {"match-train": MatchSettings, "match-test": TestSettings, "gan-train": GanSettings,
+            "gan-test": ReportSettings, "generate": GenerateSettings, "make-data": MakeSettings,
+            "check-data": CheckSettings}  # match-train runs match_train, and so on
 
 
 def flag(name):
@@ -2681,12 +2547,14 @@ def make_parser():
     parser = argparse.ArgumentParser(prog="voice2face.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (settings, text) in COMMANDS.items():
-        command = commands.add_parser(name, help=text, description=text)
-        if name.endswith("-data"):
-            command.add_argument("data", metavar="DIR", help="corpus folder")
-        if name == "generate":
-            command.add_argument("speech", metavar="SPEECH", nargs="+", help="recording")
+    for name, settings in COMMANDS.items():
+        text = globals()[name.replace("-", "_")].__doc__.splitlines()[0]
+        what = {"generate": "SPEECH", "make-data": "DIR", "check-data": "DIR"}.get(name, "")
+        command = commands.add_parser(name, help=text, description=text,
+                                      usage=f"%(prog)s {what} [--flag value ...]")
+        if what:
+            command.add_argument("inputs", metavar=what, nargs="+" if what == "SPEECH" else None,
+                                 help="recording" if what == "SPEECH" else "corpus folder")
         for f in fields(settings):
             paper = PAPER.get(name, {}).get(f.name)
             paper = f", paper: {paper}" if paper else ""
@@ -2721,16 +2589,14 @@ def check_settings(cfg):
 
 def main(argv=None):
     """Run one command; returns the exit code: 0, 1 for a faulty corpus, 2 for a user's mistake."""
-    for stream in (sys.stdout, sys.stderr):  # a path may hold what a terminal cannot print
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+    if hasattr(sys.stdout, "reconfigure"):  # a path may hold what a terminal cannot print
+        sys.stdout.reconfigure(errors="backslashreplace")
     args = vars(make_parser().parse_args(argv))
     command = args.pop("command")
-    data = {"data": args.pop("data")} if command.endswith("-data") else {}
-    speech = args.pop("speech", [])
+    inputs = [args.pop("inputs")] if "inputs" in args else []  # DIR or recordings
     if args.get("preset") == "paper":
         args = PAPER[command] | args
-    cfg = COMMANDS[command][0](**args)
+    cfg = COMMANDS[command](**args)
     rank, count = processes()
     if rank:
         sys.stdout = open(os.devnull, "w")  # the first one speaks
@@ -2738,32 +2604,22 @@ def main(argv=None):
         check_settings(cfg)
         if count > 1 and not command.endswith("-train"):
             raise UserError(f"{command}: runs in one process, without torchrun")
-        if command == "match-train":
-            match_train(cfg)
-        elif command == "match-test":
-            match_test(cfg)
-        elif command == "gan-train":
-            gan_train(cfg)
-        elif command == "gan-test":
-            gan_test(cfg)
-        elif command == "generate":
-            generate(cfg, speech)
-        elif command == "make-data":
-            make_data(**data, **asdict(cfg))
-        else:
-            return int(check_data(**data, **asdict(cfg)) > 0)
+        faults = globals()[command.replace("-", "_")](cfg, *inputs)  # of check-data alone
+        return 1 if faults else 0
     except UserError as e:
         error = e
     except OSError as e:
-        error = f"{e.filename or 'file'}: {e.strerror or e}"
-    except torch.OutOfMemoryError as e:
-        error = f"out of GPU memory, try a smaller --batch ({e})".splitlines()[0]
+        error = f"{e.filename or getattr(cfg, 'out', 'file')}: {e.strerror or e}"
+    except RuntimeError as e:  # of memory, on a GPU or not; or another process is gone
+        memory = isinstance(e, torch.OutOfMemoryError) or "allocate memory" in str(e)
+        if not memory and count == 1:
+            raise
+        what = "out of memory, try a smaller --batch" if memory else "another process ended first"
+        error = f"{what} ({e})".splitlines()[0]
     except KeyboardInterrupt as e:
         more = "; the same command with --resume goes on" if hasattr(cfg, "resume") else ""
         print(f"voice2face: stopped{more}", file=sys.stderr)
         return 128 + (e.args[0] if e.args else signal.SIGINT)
-    else:
-        return 0
     finally:
         if distributed.is_initialized():
             distributed.destroy_process_group()
