@@ -1686,6 +1686,22 @@ def test_a_run_stopped_at_each_step_and_validation_equals_one_that_was_not(
     assert_equal_runs(tmp_path / "whole", moved)
 
 
+@pytest.mark.parametrize("step", [4, 5, 12])
+def test_a_signal_during_a_save_ends_the_run_after_it(step, corpus, tmp_path, monkeypatch):
+    """Before the validation that is due after step 5, before the test after step 12."""
+    argv, save, seen = tiny("match-train", corpus, None), v.save_checkpoint, []
+
+    def stop(path, *args, **more):
+        if path.name == "last.pt" and more["step"] == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        save(path, *args, **more)
+
+    monkeypatch.setattr(v, "save_checkpoint", stop)
+    monkeypatch.setattr(v, "embed_pairs", lambda *a, real=v.embed_pairs: seen.append(1) or real(*a))
+    assert v.main([*argv, "--out", str(tmp_path)]) == 143
+    assert saved_step(tmp_path) == step and len(seen) == {4: 0, 5: 0, 12: 2}[step]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_in_a_real_process_with_a_loader(number, corpus, tmp_path):
     """As a terminal or a batch system does it: to the whole process group, loaders included."""
@@ -1745,7 +1761,7 @@ def kill(times, folder, seed=None):
             out, runs, code = folder / f"{command}{runs}", runs + 1, None
             steps.append(0)
             while code != 0:
-                code = process([*argv, "--out", str(out), "--resume"],
+                code = process([*argv, "--out", str(out), "--resume", "--workers", str(kills % 2)],
                                out / "log.jsonl" if 2 * kills < times else None)
                 assert code in (0, 130, 143, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT), code
                 kills += code != 0
@@ -1804,9 +1820,37 @@ def test_a_damaged_checkpoint_leaves_the_one_before_in_use(kind, half, tmp_path,
 
 def test_two_damaged_checkpoints_are_an_error(half, capsys):
     argv, out = half
-    for name in ("last.pt", "previous.pt"):
-        damage("cut", out / name)
-    assert "half/last.pt: not a checkpoint of match-train, or damaged" in refused(capsys, *argv)
+    (out / "previous.pt").unlink()
+    for harm in (lambda: shutil.copy(out / "best.pt", out / "last.pt"),  # has no state of training
+                 lambda: damage("cut", out / "last.pt")):
+        harm()
+        assert "half/last.pt: not a checkpoint of match-train, or damaged" in refused(capsys, *argv)
+
+
+def test_a_damaged_checkpoint_never_replaces_the_good_one_before(half, tmp_path, monkeypatch):
+    argv, out = half
+    damage("cut", out / "last.pt")
+    good = (out / "previous.pt").read_bytes()
+
+    def kill_at(n):
+        """A kill at the n-th renaming to last.pt or from it."""
+        def replace(a, b, real=os.replace, seen=[]):
+            if "last.pt" in (Path(a).name, Path(b).name):
+                seen.append(b)
+                if len(seen) == n:
+                    raise SystemExit
+            real(a, b)
+        monkeypatch.setattr(v.os, "replace", replace)
+        with pytest.raises(SystemExit):
+            v.main(argv)
+        monkeypatch.undo()
+
+    kill_at(1)  # that of the first save after the fallback
+    assert (out / "previous.pt").read_bytes() == good
+    kill_at(3)  # the second save: last.pt, whole again, is previous.pt, and nothing is last.pt
+    assert saved_step(out, "previous.pt") == 8 and not (out / "last.pt").exists()
+    assert v.main(argv) == 0
+    assert_equal_runs(tmp_path / "whole", out)
 
 
 def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint(half, tmp_path, capsys):
@@ -1861,6 +1905,42 @@ def test_chance_is_a_function_of_seed_and_batch():
     assert len({tuple(draw(*s)) for s in seeds}) == len(seeds)
 
 
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_processes_meet_different_people_in_a_step(count, monkeypatch):
+    monkeypatch.setattr(v, "processes", lambda: (0, count))
+    pairs = v.Pairs({i: [] for i in range(70)}, 1.0, 32, 8, 0, shuffle=True)
+    seen = []
+    for step in range(40):
+        people = [p for i in range(step * count, (step + 1) * count) for p, _ in pairs.plan(i)]
+        assert len(set(people)) == 8 * count
+        seen += people
+    assert min(seen.count(p) for p in range(70)) > 0
+
+
+def test_a_tensor_goes_to_any_device():
+    assert v.send(torch.ones(2), "meta").device.type == "meta"
+
+
+def test_a_clusters_variables_without_torchrun_change_nothing(trained, corpus, tmp_path,
+                                                              monkeypatch):
+    for name, value in dict(RANK="1", WORLD_SIZE="2", LOCAL_RANK="1").items():
+        monkeypatch.setenv(name, value)
+    assert v.main(["match-train", "--data", str(corpus), "--out", str(tmp_path), *TINY]) == 0
+    assert fingerprint(tmp_path) == fingerprint(trained)
+
+
+def test_a_full_disk_is_named_wherever_it_is_met(corpus, tmp_path, capsys):
+    (tmp_path / "log.jsonl").symlink_to("/dev/full")
+    line = refused(capsys, "match-train", "--data", corpus, "--out", tmp_path, *TINY)
+    assert f"{tmp_path}: No space left on device" in line
+
+
+def test_other_runtime_errors_are_not_hidden(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(v, "make_encoders", lambda *args: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError):
+        v.main(["match-train", "--data", str(corpus), "--out", str(tmp_path), *TINY])
+
+
 # ---- Every row of the README's tables of bad input -----------------------------------------------
 
 
@@ -1894,6 +1974,13 @@ def test_every_row_of_the_readmes_table_of_mistakes(half, corpus, trained, drawn
 
     def match(*more, data=corpus, to=tmp_path / "out"):
         return refuse("match-train", "--data", data, "--out", to, *TINY, *more)
+
+    def parse(*argv):
+        with pytest.raises(SystemExit) as end:
+            v.main(["match-train", *argv])
+        lines = capsys.readouterr().err.splitlines()
+        assert end.value.code == 2 and len(lines) == 2 and lines[0].startswith("usage: ")
+        return lines[1]
 
     def with_file(name, content=b""):
         (tmp_path / name).write_bytes(content)
@@ -1933,6 +2020,11 @@ def test_every_row_of_the_readmes_table_of_mistakes(half, corpus, trained, drawn
         line = refuse("match-test", "--match", tmp_path / "evil.pt")
         assert not (tmp_path / "ran").exists()
         return line
+
+    def memory():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(v, "make_encoders", lambda *args: torch.empty(2**50))
+            return match()
 
     def other_encoders():
         assert v.main(["match-train", "--data", str(corpus), "--out", str(tmp_path / "m"), *TINY,
@@ -1978,6 +2070,7 @@ def test_every_row_of_the_readmes_table_of_mistakes(half, corpus, trained, drawn
     cases = {
         "`--steps 0`, or less": lambda: match("--steps", "0"),
         "a batch smaller than K": lambda: match("--k", "10", "--batch", "9"),
+        "a flag or a value that does not exist": lambda: parse("--lrr", "1") + parse("--k", "x"),
         "a device that is not there": lambda: match("--device", "cuda:7"),
         "an `--out` that cannot be created": lambda: match(to=with_file("file") / "run"),
         "an `--out` that cannot be written":
@@ -1990,6 +2083,7 @@ def test_every_row_of_the_readmes_table_of_mistakes(half, corpus, trained, drawn
         "`--resume` of a `gan-train` with other encoders": other_encoders,
         "`--resume` with a damaged `last.pt`": damaged,
         "a disk that is full": full,
+        "a batch or a network that the memory does not hold": memory,
         "a rate at which training diverges": lambda: match("--lr", "1e18", "--steps", "8"),
         "a checkpoint that is not there": lambda: refuse("match-test", "--match", tmp_path / "no.pt"),
         "a checkpoint of the other stage":
@@ -2065,7 +2159,7 @@ def test_what_is_odd_but_fine(tmp_path, monkeypatch):
 # ---- Several processes ---------------------------------------------------------------------------
 
 SPY = f"""
-import os, sys
+import os, signal, sys
 sys.path.insert(0, {str(FILE.parent)!r})
 import torch, voice2face as v
 torch.set_num_threads(1)
@@ -2083,29 +2177,39 @@ def spy_add(run, *args, **values):
     torch.save(dict(seen=seen, weights={{n: dict(x.named_parameters()) for n, x in nets.items()}},
                     grads={{n: [p.grad for p in x.parameters()] for n, x in nets.items()}}),
                f"{{out}}/rank{{rank}}-{{run.step}}.pt")
+    if os.environ.get("STOP") == f"{{rank}}/{{run.step}}":
+        os.kill(os.getpid(), signal.SIGTERM)
 
+def spy_save(*args, **more):
+    if os.environ.get("FAIL"):
+        raise v.UserError("no room")
+    save(*args, **more)
+
+if rank == "1" and "OTHER" in os.environ:
+    sys.argv[sys.argv.index("--out") + 1] = os.environ["OTHER"]
+v.save_checkpoint, save = spy_save, v.save_checkpoint
 v.Run.add, v.Run.batches = spy_add, spy_batches
 sys.exit(v.main(sys.argv[2:]))
 """
 
 
-def torchrun(*argv, **more):
-    """Two processes on the CPU, as the README has it."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]  # free
-    return subprocess.Popen(
+def torchrun(*argv, **env):
+    """(exit code, stdout, stderr) of two processes on the CPU, started as the README has it."""
+    with socket.socket() as port:
+        port.bind(("127.0.0.1", 0))
+        free = port.getsockname()[1]
+    done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
-         f"--master-port={port}", *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, **more)
+         f"--master-port={free}", *map(str, argv)], capture_output=True, text=True, timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | env)
+    return done.returncode, done.stdout, done.stderr
 
 
 def spied(tmp_path, *argv):
     """[[what rank r had after step s] for both ranks] of a run in two processes."""
     (tmp_path / "spy.py").write_text(SPY)
-    process = torchrun(tmp_path / "spy.py", tmp_path, *argv)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
+    code, out, err = torchrun(tmp_path / "spy.py", tmp_path, *argv)
+    assert code == 0, err
     steps = len(list(tmp_path.glob("rank0-*.pt")))
     found = [[torch.load(tmp_path / f"rank{r}-{s + 1}.pt") for s in range(steps)] for r in range(2)]
     assert out.count(f"step {steps}/{steps}") == 1  # one of them speaks
@@ -2173,24 +2277,30 @@ def test_two_processes_train_generator_and_discriminator_on_the_mean_of_their_lo
         assert close([torch.cat([g.flatten() for g in found[0][0]["grads"][name]])], [expected])
 
 
-def test_two_processes_stop_together_and_go_on(corpus, tmp_path, capsys):
-    argv = [FILE, *tiny("match-train", corpus, None), "--steps", "100", "--eval-every", "100",
-            "--log-every", "5", "--out"]
-    whole = torchrun(*argv, tmp_path / "whole")
-    assert whole.wait(timeout=120) == 0
-    part = torchrun(*argv, tmp_path / "part", start_new_session=True)
-    for line in part.stdout:
-        if line.startswith("step 10/"):
-            break
-    part.terminate()
-    part.communicate(timeout=60)
-    assert 10 <= saved_step(tmp_path / "part") < 100
-    line = refused(capsys, *argv[1:], tmp_path / "part", "--resume")
-    assert "2 processes, not 1" in line
-    again = torchrun(*argv, tmp_path / "part", "--resume")
-    out, err = again.communicate(timeout=120)
-    assert again.returncode == 0, err
+@pytest.mark.parametrize("command", ["match-train", "gan-train"])
+def test_two_processes_stop_together_and_go_on(command, corpus, trained, tmp_path, capsys):
+    (tmp_path / "spy.py").write_text(SPY)
+    argv = [*tiny(command, corpus, trained / "best.pt"), "--out"]
+    assert torchrun(FILE, *argv, tmp_path / "whole")[0] == 0
+    run = [tmp_path / "spy.py", tmp_path, *argv, tmp_path / "part"]
+    code, out, err = torchrun(*run, STOP="1/7")  # the signal reaches one of the two only
+    assert code and saved_step(tmp_path / "part") == 7 and err.count("voice2face: stopped") == 2
+    assert "2 processes, not 1" in refused(capsys, *argv, tmp_path / "part", "--resume")
+    code, out, err = torchrun(*run, "--resume")
+    assert code == 0, err
     assert_equal_runs(tmp_path / "whole", tmp_path / "part")
+
+
+def test_processes_that_cannot_go_on_say_why(corpus, tmp_path):
+    (tmp_path / "spy.py").write_text(SPY)
+    argv = [tmp_path / "spy.py", tmp_path, *tiny("match-train", corpus, None), "--out",
+            tmp_path / "part", "--resume"]
+    code, out, err = torchrun(*argv, FAIL="1")  # the first process alone saves
+    assert code and err.count("error: no room") == 1, err
+    assert "[rank" not in err and "RuntimeError" not in err.replace("(RuntimeError", "")
+    torchrun(*argv, STOP="0/7")
+    code, out, err = torchrun(*argv, OTHER=str(tmp_path / "other"))  # a folder of its own
+    assert code and "is at step 1 in one process, at 8 in another" in err
 
 
 # ---- A GPU's way of working, tried on the CPU ----------------------------------------------------
@@ -2219,42 +2329,44 @@ def test_bfloat16_changes_little_and_spares_r1(corpus, trained, tmp_path, monkey
         assert {x.dtype for key, x in half.items()
                 if key.endswith(".weight")} == {torch.float32}
     hook.remove()
+    kinds.clear()
+    hook = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, x, y: kinds.add(y.dtype) if isinstance(module, (v.UpBlock, v.AdaIN)) else None)
+    with torch.autocast("cpu", torch.bfloat16):
+        v.Generator(32, 4)(torch.randn(2, v.EMBED), torch.randn(2, v.EMBED))
+    hook.remove()
+    assert kinds == {torch.bfloat16}
     assert halved and not any(halved)
 
 
-class Reads(torch.utils._python_dispatch.TorchDispatchMode):
-    """Notes every operation that a GPU's host would have to wait for."""
+class OnDevice(torch.Tensor):
+    """Stands for a tensor on a GPU, as all that is computed from it; notes what the host reads."""
 
-    found = ()
+    reads = []
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "equal", "is_nonzero",
-                                            "masked_select", "_unique2"):
-            self.found += (str(func),)
-        return func(*args, **(kwargs or {}))
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func.__name__ in ("item", "tolist", "cpu", "numpy", "nonzero", "equal", "__bool__",
+                             "__int__", "__float__", "__index__", "__array__", "__contains__",
+                             "masked_select", "is_nonzero", "unique", "__format__", "__repr__"):
+            cls.reads.append(func.__name__)
+        return super().__torch_function__(func, types, args, kwargs or {})
 
 
-def test_no_step_reads_a_number_from_the_device(tmp_path):
-    cfg, generator, discriminator, (faces, c, wrong, z) = step_parts()
-    encoders = v.SpeechEncoder(2, 8), v.FaceEncoder(16, 2)
-    optimizers = [torch.optim.SGD(x.parameters(), 0.1) for x in (generator, discriminator)]
-    run = v.Run("match-train", v.MatchSettings(out=str(tmp_path)), torch.device("cpu"), {})
-    with Reads() as reads:
-        run.values.clear()
-    with reads:
-        loss, hits = v.match_loss(encoders[0](torch.randn(6, 4000)), encoders[1](faces),
-                                  torch.arange(6).repeat(6, 1), "v-f")
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(encoders[0].parameters(), 1.0)
-        fakes = generator(z, c)
-        numbers = v.d_step(discriminator, optimizers[1], faces, fakes, c, wrong, cfg, True)
-        numbers |= v.g_step(discriminator, optimizers[0], faces, fakes, c, wrong, cfg)
-        v.follow(generator, generator, 1, 0.9)
-        run.add(6, loss=loss, accuracy=hits, **numbers)
-    assert reads.found == ()
-    with reads:  # the line does, once for each of its numbers
-        run.write()
-    assert len(reads.found) >= 1 or run.values == {}
+@pytest.mark.parametrize("command", ["match-train", "gan-train"])
+def test_no_step_reads_a_number_from_the_device(command, corpus, trained, tmp_path, monkeypatch):
+    counts, add, centre = [], v.Run.add, v.centre_head
+    monkeypatch.setattr(v, "send", lambda x, device: x.as_subclass(OnDevice))
+    monkeypatch.setattr(v, "centre_head", lambda net, x: centre(net, x.as_subclass(torch.Tensor)))
+    monkeypatch.setattr(v.Run, "add", lambda run, *args, **values: (
+        add(run, *args, **values), counts.append(len(OnDevice.reads)),
+        [OnDevice.reads.append("not on the device") for x in values.values()
+         if not isinstance(x, OnDevice)]))
+    OnDevice.reads.clear()
+    late = [word for name in ("log", "eval", "save") for word in (f"--{name}-every", "99")]
+    assert v.main([*tiny(command, corpus, trained / "best.pt"), *late, "--steps", "5", "--out",
+                   str(tmp_path)]) == 0
+    assert counts == [0] * 5 and OnDevice.reads  # the line after the last step reads
 
 
 # ---- throughput ----------------------------------------------------------------------------------
@@ -2295,6 +2407,7 @@ def bench():
     two, ten = (np.median(times[k][5:]) for k in (2, 10))
     print("a step of preset small, forward and backward: "
           f"K = 2 {1000 * two:.0f} ms, K = 10 {1000 * ten:.0f} ms, ratio {ten / two:.3f}")
+    bench_parts(speech_encoder, speech, face_encoder, faces)
     with tempfile.TemporaryDirectory() as crowd:
         for i in range(100_000):
             clip = Path(crowd, "train", f"p{i // 10}", f"c{i}")
@@ -2304,6 +2417,36 @@ def bench():
         v.open_corpus(crowd, 10, ("train",))
         print(f"opening 100,000 clips: {time.perf_counter() - start:.1f} s")
     bench_analyses()
+
+
+def median_ms(*functions, times=30):
+    """Median time of each function and its backward pass, in ms; taken in turns."""
+    found = [[] for _ in functions]
+    for _ in range(times + 5):
+        for function, took in zip(functions, found):
+            start = time.perf_counter()
+            function().sum().backward()
+            took.append(1000 * (time.perf_counter() - start))
+    return [float(np.median(took[5:])) for took in found]
+
+
+def bench_parts(speech_encoder, speech, face_encoder, faces):
+    """Print where a step's time goes, and what 8 outputs at once bring to the sinc layer."""
+    heard, seen = median_ms(lambda: speech_encoder(speech), lambda: face_encoder(faces))
+    with torch.no_grad():
+        start = time.perf_counter()
+        for _ in range(20):
+            speech_encoder(speech), face_encoder(faces)
+        forward = (time.perf_counter() - start) * 50
+    print(f"of it S {heard:.0f} ms, F {seen:.0f} ms; both forward alone {forward:.0f} ms")
+    for filters, stride, clips in ((16, 8, 32), (16, 1, 32), (64, 1, 8)):
+        layer, x = v.SincConv(filters, 251, stride), speech[:clips]
+        plain, fast = median_ms(
+            lambda: torch.nn.functional.conv1d(v.pad_same(x[:, None], 251),
+                                               layer.filters()[:, None], stride=stride),
+            lambda: layer(x), times=10)
+        print(f"sinc layer, {filters} filters of stride {stride}, {clips} clips: {plain:.0f} ms, "
+              f"8 outputs at once {fast:.0f} ms, {plain / fast:.2f} times as fast")
 
 
 def bench_analyses(clips=140_000):

@@ -173,10 +173,10 @@ class GanSettings:
     c_length: float = setting(1.0, "length of c as G reads it; z has about sqrt(128)", low=1e-6)
     weight: float = setting(0.08, "of <c, phi(f)> beside psi; 1 in the paper", low=0)
     lr: float = setting(2e-3, "learning rate of G's Adam", low=0)
-    d_lr: float = setting(4e-4, "learning rate of D's Adam: its phi is trained already", low=0)
+    d_lr: float = setting(1e-3, "learning rate of D's Adam: its phi is trained already", low=0)
     beta1: float = setting(0.0, "Adam's decay of the mean gradient", "[StyleGAN]", low=0)
     beta2: float = setting(0.99, "Adam's decay of the squared gradient", "[StyleGAN]", low=0)
-    gamma: float = setting(1.0, "R1: gamma/2 E |grad_f g(f, c+)|^2 on real faces", low=0)
+    gamma: float = setting(0.1, "R1: gamma/2 E |grad_f g(f, c+)|^2 on real faces", low=0)
     r1_every: int = setting(16, "R1 is computed each n-th step, times n", "[StyleGAN2]", low=1)
     decay: float = setting(0.998, "of the running average of G, which is what is tested", low=0)
     runs: int = setting(5, "final test's runs, each with new z and negatives", "[paper §4]", low=1)
@@ -897,15 +897,17 @@ class SincConv(nn.Module):
     (B, T) -> (B, C, ceil(T / stride)). A filter is the difference of two ideal low-passes,
         g(t) = 2 high sinc(2 high t) - 2 low sinc(2 low t),   sinc(x) = sin(pi x) / (pi x),
     under a Hamming window, divided by 2 (high - low), which makes its centre 1. What is learned, in
-    Hz, is added to the least cut-off and band; it starts evenly on the mel scale.
+    Hz, is added to the least cut-off and band; it starts evenly on the mel scale. Raises ValueError
+    for an even number of taps, which has no centre.
     """
 
     def __init__(self, filters, taps=251, stride=1):
         super().__init__()
-        if taps % 2 == 0:  # no centre
+        if taps % 2 == 0:
             raise ValueError(f"sinc kernel must be odd, got {taps}")
         self.taps, self.stride = taps, stride
-        first, last = (2595 * math.log10(1 + f / 700) for f in (30, RATE / 2 - 100))  # mel
+        limits = 30, RATE / 2 - 100  # Hz [SincNet]
+        first, last = (2595 * math.log10(1 + hz / 700) for hz in limits)  # mel
         edges = 700 * (10 ** (torch.linspace(first, last, filters + 1) / 2595) - 1)  # (C+1,) in Hz
         self.low_hz = nn.Parameter(edges[:-1, None])  # (C, 1)
         self.band_hz = nn.Parameter(edges.diff()[:, None])  # (C, 1)
@@ -1232,8 +1234,8 @@ def adversarial_loss(kind, own, other, match, mismatch):
 def d_step(discriminator, optimizer, faces, fakes, c, wrong, cfg, penalise):
     """Train D on real and drawn faces (B, 3, H, W), c+ and c- (B, D); {name: number to log}.
 
-    With `penalise` R1 joins, also for the steps that went without it [StyleGAN2], in float32 on a
-    GPU, too, for its gradients of gradients.
+    With `penalise` R1 joins, also for the steps that went without it [StyleGAN2], and without
+    autocast on a GPU, too, for its gradients of gradients.
     """
     with autocast(faces.device):
         phi, psi = discriminator(torch.cat([faces, fakes.detach()]))  # (2B, D), (2B,)
@@ -1650,8 +1652,8 @@ def validate(encoders, people, cfg, faults, device, draws=20):
     for encoder in encoders:
         encoder.train()
     generator = torch.Generator().manual_seed(cfg.seed)
-    val = np.mean([k_way(*embedded, cfg.k, cfg.direction, generator) for _ in range(draws)]).item()
-    return val
+    return np.mean([k_way(*embedded, cfg.k, cfg.direction, generator)
+                    for _ in range(draws)]).item()
 
 
 def find_corpus(cfg, k):
@@ -1821,7 +1823,7 @@ def k_way(speech, faces, identity, k, direction, generator):
 
 
 def matching_run(speech, faces, identity, genders, seed, prefix=""):
-    """One run of all tests: {prefix + "v-f/2": percent, ... "v-f/2/gender": ...}; N genders.
+    """One run of all tests: {prefix + "v-f/2": percent, ...}; genders are N texts.
 
     With /gender the negatives are of the positive's gender, and clips without one ("") stay out. A
     test that has fewer than K people is left out.
@@ -2144,6 +2146,8 @@ def load_faces(listed, size):
             person.append(i)
         except ValueError as e:
             print(f"left out: {e}", file=sys.stderr)
+    if not faces:
+        raise UserError(f"none of {len(listed)} faces could be read (run check-data)")
     return torch.from_numpy(np.stack(faces)), torch.tensor(person)
 
 
