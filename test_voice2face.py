@@ -556,7 +556,7 @@ def test_unreadable_files_are_named_replaced_and_counted(tmp_path, capsys):
         faults.add(batch)
     assert faults.faults == 10 and str(bad) in capsys.readouterr().err
     with pytest.raises(v.UserError, match=r"11 of 326 samples could not be read, "
-                                          r"more than 1 in 100.*speech\.wav"):
+                                          r"too many.*speech\.wav"):
         for i in range(20, 30):
             faults.add(pairs[i])
 

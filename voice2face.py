@@ -5,8 +5,8 @@
 """voice2face: learn which face belongs to which voice, and draw faces for a voice, without a label.
 
 A reference implementation of "From Inference to Generation: End-to-end Fully Self-supervised
-Generation of Human Face from Speech" (Choi, Park, Lee; ICLR 2020) in one file: both stages (section
-3) and the figures and tables of section 4.
+Generation of Human Face from Speech" (Choi, Park, Lee; ICLR 2020) in one file: both stages (paper
+§3) and the figures and tables of its §4.
 
 The idea   A speech encoder S reads the raw waveform, a face encoder F reads a picture, and both
            answer with a point of one space. Speech and face of one clip must agree better than
@@ -22,7 +22,7 @@ Map        1. Settings          the numbers a user may change, their meaning and
            3. Synthetic corpus  people with known factors, so that all of it runs without any data
            4. Inference         SincConv, SpeechEncoder S, FaceEncoder F, the K-way loss (Eq. 1)
            5. Generation        AdaIN, Generator G, Discriminator D (Eq. 2, 3), losses (Eq. 4 to 6)
-           6. Training          match-train, gan-train, checkpoints
+           6. Training          both stages; checkpoints, --resume, torchrun
            7. Analyses          K-way tests and their ceiling (Tables 1, 2), QTA 1 to 3, pictures,
                                 what c and z control
            8. Command line
@@ -54,10 +54,10 @@ Sources    [paper §x]; [PASE] Pascual et al. 2019; [SincNet] Ravanelli and Beng
            - the waveform's loudness is divided out, being the microphone's (`SpeechEncoder`);
            - the face encoder has no spectral norm, and a learned 1x1 layer in every shortcut;
            - a test run draws fresh windows and frames beside fresh negatives;
-           - <c, phi> has a weight below 1, and G reads a short c, in `paper`, too: otherwise all of
+           - <c, phi> has a weight below 1, and G reads a short c, in both presets: otherwise all of
              a face follows c, and z is ignored (`Discriminator`, `Generator`);
-           - psi reads what phi's head reads, AdaIN's style is [z, c], where the paper has phi and
-             does not say what the style is (same places);
+           - psi reads what phi's head reads, in the paper phi(f); AdaIN's style, which the paper
+             leaves open, is [z, c] (same places);
            - of the text that we have only Eq. 2 is whole; how we read Eq. 5 is in `relid_loss`;
            - the preset `small` hears 1.5 s and sees 64x64 pixels through narrower layers, its sinc
              layer with stride 8, to fit a CPU.
@@ -173,7 +173,7 @@ class GanSettings:
     c_length: float = setting(1.0, "length of c as G reads it; z has about sqrt(128)", low=1e-6)
     weight: float = setting(0.08, "of <c, phi(f)> beside psi; 1 in the paper", low=0)
     lr: float = setting(2e-3, "learning rate of G's Adam", low=0)
-    d_lr: float = setting(1e-3, "learning rate of D's Adam: its phi is trained already", low=0)
+    d_lr: float = setting(1e-3, "learning rate of D's Adam", low=0)
     beta1: float = setting(0.0, "Adam's decay of the mean gradient", "[StyleGAN]", low=0)
     beta2: float = setting(0.99, "Adam's decay of the squared gradient", "[StyleGAN]", low=0)
     gamma: float = setting(0.1, "R1: gamma/2 E |grad_f g(f, c+)|^2 on real faces", low=0)
@@ -343,7 +343,9 @@ WAV_TYPES = {(1, 8): "u1", (1, 16): "<i2", (1, 24): "<i4", (1, 32): "<i4",  # PC
 
 
 def read_wav(path, choose):
-    """Samples (L,) of a WAV file, mono, and its rate; only what `choose` asks for is read.
+    """Samples (T,) of a WAV file, mono, and its rate; only what `choose` asks for is read.
+
+    choose: see read_speech. Raises LookupError for what is neither PCM nor float.
 
     The standard library's reader refuses float and, before Python 3.12, multi-channel 24-bit files.
     """
@@ -361,8 +363,8 @@ def read_wav(path, choose):
             raise ValueError("WAV file without samples")
         if kind not in WAV_TYPES or not channels:
             raise LookupError(f"WAV format {kind[0]} with {bits} bits is neither PCM nor float")
-        size = min(struct.unpack("<4xI", head)[0], os.fstat(f.fileno()).st_size - f.tell())
-        width = channels * bits // 8  # bytes of a sample; above: a stream has no true size
+        left = os.fstat(f.fileno()).st_size - f.tell()  # a stream's header has no true size
+        size, width = min(struct.unpack("<4xI", head)[0], left), channels * bits // 8  # bytes
         start, stop = choose(size // width, rate)
         f.seek(start * width, os.SEEK_CUR)
         raw = f.read((stop - start) * width)
@@ -379,7 +381,7 @@ def read_wav(path, choose):
 def read_other(path, choose):
     """read_wav for every other format: decoded whole by torchaudio with torchcodec and FFmpeg."""
     try:
-        x, rate = torchaudio.load(path)  # (channels, L)
+        x, rate = torchaudio.load(path)  # (channels, T)
     except ImportError as e:
         raise ValueError("this format needs a decoder: pip install torchcodec and install FFmpeg, "
                          "or convert the file: ffmpeg -i IN OUT.wav") from e
@@ -388,10 +390,10 @@ def read_other(path, choose):
 
 
 def read_speech(path, choose=lambda length, rate: (0, length)):
-    """Samples (L,) of a recording, mono, float32 in [-1, 1], and its rate.
+    """Samples (T,) of a recording, mono, float32, full scale 1, and its rate in Hz.
 
     choose(length, rate) -> (start, stop) says which samples, all by default. Raises ValueError with
-    the path where there is nothing to use: not decodable, empty, NaN.
+    the path where they are of no use: undecodable, none, NaN, far too loud, an unlikely rate.
     """
     try:
         try:
@@ -411,7 +413,7 @@ def read_speech(path, choose=lambda length, rate: (0, length)):
 
 @functools.lru_cache
 def resampler(rate):
-    """torchaudio's resampler to 16 kHz, of a rate in steps of 25 Hz: else thousands of filters."""
+    """torchaudio's resampler to 16 kHz, in steps of 25 Hz [ours]: else thousands of filters."""
     return torchaudio.transforms.Resample(round(rate / 25) * 25, RATE)
 
 
@@ -474,11 +476,11 @@ class Batch(NamedTuple):
     speech: torch.Tensor  # (B, T) float32
     faces: torch.Tensor  # (B, H, W, 3) uint8; to_device makes them (B, 3, H, W) in [-1, 1]
     identity: torch.Tensor  # (B,) int64, equal where two pairs are of one person
-    faults: list  # what was wrong with files that another sample replaced
+    faults: list  # of unreadable files; all else is None where nothing could replace them
 
 
 class Pairs:
-    """Batches of positive pairs: pairs[i] is batch i, a pure function of (seed, i).
+    """Batches of positive pairs: pairs[i] is batch i, fixed by seed, i and number of processes.
 
     With shuffle, for training [ours]: a random clip each of B different people, dealt anew when
     they no longer fill a batch, faces flipped at random. Without, for tests: clips from i * B on.
@@ -497,7 +499,7 @@ class Pairs:
         """[(person, clip)] of batch i; clip None stands for a random one."""
         if not self.shuffle:
             return self.every[i * self.batch:(i + 1) * self.batch]
-        count = processes()[1]  # which take a batch each and are to meet different people
+        count = processes()[1]  # each takes a batch, of other people if there are enough
         per_epoch = max(1, len(self.clips) // (count * self.batch) * count)
         order = np.random.default_rng([self.seed, i // per_epoch]).permutation(len(self.clips))
         first = i % per_epoch * self.batch
@@ -567,7 +569,7 @@ def heed_no_signal(worker):
 
 def step_generator(seed, i):
     """torch's random numbers for batch i, a pure function of (seed, i): no state to lose [ours]."""
-    bits = np.random.SeedSequence([seed, i, 2]).generate_state(1)  # all 32 that torch makes use of
+    bits = np.random.SeedSequence([seed, i, 2]).generate_state(1)  # 32: torch reads no more
     return torch.Generator().manual_seed(int(bits[0]))
 
 
@@ -588,7 +590,7 @@ def to_pixels(faces, device):
 
 
 class FaultCounter:
-    """Names every unreadable file; ends a run when 1 sample in 100 is one, of 1000 at the least."""
+    """Names replaced files; ends a run at over 10 and 1 % of samples, or where none replaces."""
 
     def __init__(self):
         self.seen = self.faults = 0
@@ -600,8 +602,8 @@ class FaultCounter:
         self.faults += len(batch.faults)
         self.seen += len(batch.faults) + (0 if batch.speech is None else len(batch.speech))
         if batch.speech is None or self.faults > MAX_FAULTS * max(self.seen, 1000):
-            raise UserError(f"{self.faults} of {self.seen} samples could not be read, more than 1 "
-                            f"in 100 (run check-data); the last: {batch.faults[-1]}")
+            raise UserError(f"{self.faults} of {self.seen} samples could not be read, which is too "
+                            f"many (run check-data); the last: {batch.faults[-1]}")
 
 
 def check_data(args, data):
@@ -650,7 +652,7 @@ HAIR = [(38, 30, 28), (84, 52, 32), (132, 80, 40), (212, 172, 100), (160, 66, 34
 SKIN = [(255, 224, 200), (246, 204, 172), (224, 176, 136), (184, 132, 94), (136, 92, 66)]
 IRIS = [(76, 118, 160), (84, 56, 40), (92, 130, 88)]
 BLACK, SHADOW = (30, 26, 30), (66, 30, 30)
-VOWELS = np.array([  # formants in Hz: a e i o u and neutral vowel, men of Peterson and Barney 1952
+VOWELS = np.array([  # Hz; a e i o u of men, Peterson and Barney 1952; F4, neutral [ours]
     (730, 1090, 2440, 3400), (530, 1840, 2480, 3500), (270, 2290, 3010, 3600),
     (570, 840, 2410, 3300), (300, 870, 2240, 3300), (500, 1500, 2500, 3500)])
 BANDWIDTHS = np.array([60, 90, 120, 170])  # of the formants, Hz
@@ -966,7 +968,7 @@ class SpeechEncoder(nn.Module):
         self.head = nn.Linear(widths[-1], EMBED)
 
     def frames(self, x):
-        """(B, T) -> (B, C, L), with PASE's strides L = T / 160."""
+        """(B, T) -> (B, C, L), L = ceil(T / (160 sinc_stride))."""
         x = self.convs[0](x)[:, :, None]  # (B, T) -> (B, C, 1, T / stride)
         x = self.acts[0](self.norms[0](x))
         for conv, norm, act in zip(self.convs[1:], self.norms[1:], self.acts[1:]):
@@ -1078,7 +1080,7 @@ def match_logits(speech, faces, candidates, direction):
 
 
 def match_loss(speech, faces, candidates, direction):
-    """Eq. 1: p(f_j | s) = softmax_j <S(s), F(f_j)>, the mean of -log p(f_0 | s); and accuracy."""
+    """Eq. 1: p(f_j | s) = softmax_j <S(s), F(f_j)>, the mean of -log p(f_0 | s); accuracy 0-1."""
     logits = match_logits(speech, faces, candidates, direction)  # (B, K)
     return F.cross_entropy(logits, torch.zeros_like(candidates[:, 0])), top1(logits.detach()).mean()
 
@@ -1234,8 +1236,8 @@ def adversarial_loss(kind, own, other, match, mismatch):
 def d_step(discriminator, optimizer, faces, fakes, c, wrong, cfg, penalise):
     """Train D on real and drawn faces (B, 3, H, W), c+ and c- (B, D); {name: number to log}.
 
-    With `penalise` R1 joins, also for the steps that went without it [StyleGAN2], and without
-    autocast on a GPU, too, for its gradients of gradients.
+    With `penalise` R1 joins, times r1_every for the steps without it [StyleGAN2]; on a GPU it is
+    spared from bfloat16, for it differentiates gradients.
     """
     with autocast(faces.device):
         phi, psi = discriminator(torch.cat([faces, fakes.detach()]))  # (2B, D), (2B,)
@@ -1310,9 +1312,10 @@ def peak_memory(device):
 class Run:
     """A training run in its folder: deals batches, logs, saves, validates, may be stopped any time.
 
-    `parts` are the modules, optimisers and schedules that training changes. All chance is a pure
-    function of seed and batch number: with the step and the best validation they are the whole
-    state. Under torchrun each process has a Run, and the first one writes.
+    `parts` are the modules, optimisers and schedules that training changes, `more` goes into the
+    checkpoint. All chance is a pure function of seed, batch number and number of processes: parts,
+    step, best validation and log are the whole state. Under torchrun each process has a Run, and
+    the first one writes; the losses and faults in the log are its own.
     """
 
     def __init__(self, command, cfg, device, parts, state=None, unit="clips", **more):
@@ -1341,7 +1344,7 @@ class Run:
                  for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             if self.step:
-                self.validate(check)  # which the stop may have cut off
+                self.validate(check)  # last.pt is from before it
             for i, batch in zip(todo, load_batches(pairs, todo, self.cfg.workers)):
                 self.faults.add(batch)
                 self.saved = False
@@ -1368,7 +1371,7 @@ class Run:
         return self.step % every == 0 or self.step == self.cfg.steps
 
     def pause(self):
-        """After a step: write its line, save, stop, where that is due."""
+        """After a step: write its line, save, stop, where due; all processes stop together."""
         cfg = self.cfg
         if self.due(cfg.log_every) or self.due(cfg.eval_every):
             self.write()
@@ -1377,7 +1380,7 @@ class Run:
         most = torch.tensor([self.signal, self.step, -self.step])
         if self.count > 1:  # all stop after the same step
             distributed.all_reduce(most, distributed.ReduceOp.MAX)
-        stop, last, first = most.tolist()
+        stop, last, first = most.tolist()  # first: minus the least step
         if last != -first:
             raise UserError(f"--out {cfg.out}: is at step {-first} in one process, at {last} in "
                             "another; all need the same folder")
@@ -1394,7 +1397,7 @@ class Run:
             self.since = time.time()  # clips_per_s is of training alone
 
     def means(self):
-        """{name: mean since the last line}; raises UserError at the first number that is none."""
+        """{name: mean since the last line}; raises UserError at the first NaN or infinity."""
         found = {}
         for step, values in self.values:
             for name, x in values.items():
@@ -1437,7 +1440,7 @@ class Run:
 
 
 def diverged(where):
-    """The UserError of a run whose numbers are none any more."""
+    """The UserError of a run that has met NaN or infinity."""
     return UserError(f"{where}: the run diverged, try a lower --lr; "
                      "its checkpoints, if any, are from before")
 
@@ -1452,7 +1455,7 @@ def processes():
 def pick_device(name):
     """The torch device of --device; raises UserError where there is no such.
 
-    Under torchrun it is one of several GPUs, and the processes meet here: what is on the CPU
+    Under torchrun `cuda` is the process's own GPU, and the processes join here: what is on the CPU
     travels between them by gloo, what is on a GPU by nccl.
     """
     name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
@@ -1474,7 +1477,7 @@ def pick_device(name):
 
 
 def autocast(device):
-    """On a GPU layers compute in bfloat16, where it has most arithmetic; weights stay float32."""
+    """On a GPU layers compute in bfloat16, where it is fastest [ours]; weights stay float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
@@ -1512,7 +1515,7 @@ def make_encoders(cfg, device):
 
 
 def save_checkpoint(path, parts, previous=None, **more):
-    """Write states and more beside `path`, then rename: `path` is whole at any time.
+    """Write states and more beside `path`, then rename: `path` is whole or missing at any time.
 
     The file it replaces stays as `previous`. Raises UserError where it cannot be written.
     """
@@ -1554,7 +1557,11 @@ MAY_CHANGE = {"data", "match", "out", "device", "workers", "log_every", "save_ev
 
 
 def open_run(cfg, command):
-    """The state in --out to go on from, None at the beginning; UserError where either is wrong."""
+    """The state in --out to go on from, None at the beginning.
+
+    Raises UserError where --out holds a run without --resume, or one of other settings: only paths,
+    for folders may be moved, and what has no part in the result may change.
+    """
     out, faults = make_folder(cfg.out), []
     found = [path for path in (out / "last.pt", out / "previous.pt") if path.exists()]
     finished = (out / "metrics.json").exists()
@@ -1667,7 +1674,7 @@ def find_corpus(cfg, k):
 
 
 def match_train(cfg):
-    """Train S and F label-free on Eq. 1, keep the pair that validates best, test that one."""
+    """Train S and F label-free on Eq. 1; keep and test the pair that validates best [ours]."""
     device = pick_device(cfg.device)
     corpus, labels = find_corpus(cfg, cfg.k)
     state, out = open_run(cfg, "match-train"), Path(cfg.out)
@@ -1727,7 +1734,7 @@ def match_test(args):
 
 
 def gan_train(cfg):
-    """Train G and D on a frozen S [paper §3.2]; what is kept and tested is the average of G."""
+    """Train G and D [paper §3.2] on a frozen S [ours]; gan.generator, G's average, is tested."""
     device = pick_device(cfg.device)
     match, encoders = load_match(cfg.match, device)
     side = PAPER["match-train"]["size"]
@@ -2585,14 +2592,14 @@ def check_settings(cfg):
         rule("out", cfg.out.lower().endswith(".png"), "a .png file")
     if isinstance(cfg, MatchSettings):
         rule("batch", cfg.batch >= cfg.k, f"at least --k {cfg.k}")
-        before_last = math.prod(PASE_STRIDES[:-1]) * cfg.sinc_stride  # samples per frame, which
-        shortest = 6 * before_last / RATE  # must be 6: the last convolution reflects 5
+        frame = math.prod(PASE_STRIDES[:-1]) * cfg.sinc_stride  # samples, before the last layer,
+        shortest = 6 * frame / RATE  # s; which needs 6 frames, for it reflects 5
         rule("seconds", shortest <= cfg.seconds <= 60,
              f"{shortest:.2f} to 60 at this --sinc-stride")
 
 
 def main(argv=None):
-    """Run one command; returns the exit code: 0, 1 for a faulty corpus, 2 for a user's mistake."""
+    """Run one command; its exit code: 0, 1 faulty corpus, 2 reported error, 128 + n at signal n."""
     if hasattr(sys.stdout, "reconfigure"):  # a path may hold what a terminal cannot print
         sys.stdout.reconfigure(errors="backslashreplace")
     args = vars(make_parser().parse_args(argv))
@@ -2618,7 +2625,7 @@ def main(argv=None):
         memory = isinstance(e, torch.OutOfMemoryError) or "allocate memory" in str(e)
         if not memory and count == 1:
             raise
-        what = "out of memory, try a smaller --batch" if memory else "another process ended first"
+        what = "out of memory, try a smaller --batch" if memory else "a process failed"
         error = f"{what} ({e})".splitlines()[0]
     except KeyboardInterrupt as e:
         more = "; the same command with --resume goes on" if hasattr(cfg, "resume") else ""
