@@ -176,7 +176,7 @@ class GanSettings:
     d_lr: float = setting(1e-3, "learning rate of D's Adam", low=0)
     beta1: float = setting(0.0, "Adam's decay of the mean gradient", "[StyleGAN]", low=0)
     beta2: float = setting(0.99, "Adam's decay of the squared gradient", "[StyleGAN]", low=0)
-    gamma: float = setting(0.1, "R1: gamma/2 E |grad_f g(f, c+)|^2 on real faces", low=0)
+    gamma: float = setting(1.0, "R1: gamma/2 E |grad_f g(f, c+)|^2 on real faces", low=0)
     r1_every: int = setting(16, "R1 is computed each n-th step, times n", "[StyleGAN2]", low=1)
     decay: float = setting(0.998, "of the running average of G, which is what is tested", low=0)
     runs: int = setting(5, "final test's runs, each with new z and negatives", "[paper §4]", low=1)
@@ -1332,6 +1332,9 @@ class Run:
             length, self.faults.seen, self.faults.faults = state["counts"]
         self.started, self.first = time.time(), self.step
         self.spare = not state or state["spare"]  # whether last.pt, if any, is worth keeping
+        if largest(self.step) != -largest(-self.step):
+            raise UserError(f"--out {cfg.out}: not every process finds step {largest(self.step)} "
+                            "there; all need the same folder")
         if self.rank == 0:
             write_json(self.out / "settings.json", asdict(cfg))
             self.file = open(self.out / "log.jsonl", "ab")
@@ -1377,14 +1380,7 @@ class Run:
             self.write()
         if self.due(cfg.save_every) or self.due(cfg.eval_every):
             self.save()
-        most = torch.tensor([self.signal, self.step, -self.step])
-        if self.count > 1:  # all stop after the same step
-            distributed.all_reduce(most, distributed.ReduceOp.MAX)
-        stop, last, first = most.tolist()  # first: minus the least step
-        if last != -first:
-            raise UserError(f"--out {cfg.out}: is at step {-first} in one process, at {last} in "
-                            "another; all need the same folder")
-        if stop:
+        if stop := largest(self.signal):
             if not self.saved:
                 self.save()
             print(f"stopped after step {self.step}", flush=True)
@@ -1450,6 +1446,14 @@ def processes():
     if not distributed.is_torchelastic_launched():
         return 0, 1
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+def largest(x):
+    """The largest of the whole numbers x that the processes call this with."""
+    x = torch.tensor(x)
+    if processes()[1] > 1:
+        distributed.all_reduce(x, distributed.ReduceOp.MAX)
+    return int(x)
 
 
 def pick_device(name):
