@@ -556,7 +556,7 @@ def test_unreadable_files_are_named_replaced_and_counted(tmp_path, capsys):
         faults.add(batch)
     assert faults.faults == 10 and str(bad) in capsys.readouterr().err
     with pytest.raises(v.UserError, match=r"11 of 326 samples could not be read, "
-                                          r"too many.*speech\.wav"):
+                                          r"which is too many.*speech\.wav"):
         for i in range(20, 30):
             faults.add(pairs[i])
 
@@ -1774,9 +1774,9 @@ def kill(times, folder, seed=None):
 
 def test_runs_killed_at_random_moments_equal_runs_left_alone():
     """A few only: `python test_voice2face.py kill 40` makes more of them."""
-    done = subprocess.run([sys.executable, __file__, "kill", "6"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, __file__, "kill", "4"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert sum(int(n) for n in re.findall(r": (\d+) kills", done.stdout)) >= 6
+    assert sum(int(n) for n in re.findall(r": (\d+) kills", done.stdout)) >= 4
 
 
 @pytest.fixture
@@ -2189,7 +2189,9 @@ if rank == "1" and "OTHER" in os.environ:
     sys.argv[sys.argv.index("--out") + 1] = os.environ["OTHER"]
 v.save_checkpoint, save = spy_save, v.save_checkpoint
 v.Run.add, v.Run.batches = spy_add, spy_batches
-sys.exit(v.main(sys.argv[2:]))
+code = v.main(sys.argv[2:])
+sys.stdout.flush()
+os._exit(code)
 """
 
 
