@@ -1702,9 +1702,8 @@ def test_a_signal_during_a_save_ends_the_run_after_it(step, corpus, tmp_path, mo
     assert saved_step(tmp_path) == step and len(seen) == {4: 0, 5: 0, 12: 2}[step]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_in_a_real_process_with_a_loader(number, corpus, tmp_path):
-    """As a terminal or a batch system does it: to the whole process group, loaders included."""
+def test_ctrl_c_in_a_real_process_with_a_loader(corpus, tmp_path):
+    """As a terminal does it: to the whole process group, loaders included."""
     process = subprocess.Popen(
         [sys.executable, FILE, "match-train", "--data", corpus, "--out", tmp_path, *TINY, "--steps",
          "100000", "--eval-every", "100000", "--workers", "1", "--log-every", "10"],
@@ -1712,9 +1711,9 @@ def test_ctrl_c_in_a_real_process_with_a_loader(number, corpus, tmp_path):
     for line in process.stdout:
         if line.startswith("step 30/"):
             break
-    os.killpg(process.pid, number)
+    os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=30)
-    assert process.returncode == 128 + number and err.count("\n") == 1 and "--resume" in err
+    assert process.returncode == 130 and err.count("\n") == 1 and "--resume" in err
     assert f"stopped after step {saved_step(tmp_path)}" in out
 
 
