@@ -1611,7 +1611,7 @@ def leaves(x, name=""):
 
 
 def left_by(out):
-    """All that a run leaves: every tensor of its checkpoints, pictures, metrics, log but for times."""
+    """All that a run leaves: tensors of its checkpoints, pictures, metrics, log but for times."""
     found = {}
     for path in (out / "last.pt", out / "best.pt"):
         if path.exists():

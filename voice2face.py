@@ -927,8 +927,8 @@ class SincConv(nn.Module):
 
     def forward(self, x):
         # p neighbouring outputs at once: each filter in p shifts, p times the stride. The sums are
-        # the same. On two CPU cores 1.5 times as fast for 16 filters, no faster for 64; not tried on
-        # a GPU [ours].
+        # the same. On two CPU cores 1.5 times as fast for 16 filters, no faster for 64; not tried
+        # on a GPU [ours].
         s, p, L = self.stride, 8 if x.device.type == "cpu" else 1, -(-x.shape[1] // self.stride)
         g = self.filters()  # (C, N)
         g = torch.stack([F.pad(g, (i * s, (p - 1 - i) * s)) for i in range(p)], 1)  # (C, p, N + ..)
@@ -2633,8 +2633,8 @@ def main(argv=None):
     except OSError as e:
         error = f"{e.filename or getattr(cfg, 'out', 'file')}: {e.strerror or e}"
     except (RuntimeError, MemoryError) as e:
-        words = "to allocate", "allocate memory", "out of memory", "DataLoader worker (pid"  # killed
-        if isinstance(e, MemoryError) or any(word in str(e) for word in words):
+        signs = "to allocate", "allocate memory", "out of memory", "DataLoader worker (pid"
+        if isinstance(e, MemoryError) or any(sign in str(e) for sign in signs):  # or was killed
             error = f"out of memory, try less at once ({e}".splitlines()[0] + ")"
         elif count > 1 and (isinstance(e, distributed.DistError) or "gloo" in str(e)):
             error = "another process ended first"
