@@ -46,8 +46,7 @@ Sources    [paper §x]; [PASE] Pascual et al. 2019; [SincNet] Ravanelli and Beng
            - of our text of the paper only Eq. 2 is whole; how we read Eq. 5: relid_loss;
            - the preset `small` hears 1.5 s and sees 64x64 pixels through narrower layers.
 
-Commands   python voice2face.py match-train, match-test, gan-train, gan-test, generate A.wav,
-           make-data DIR, check-data DIR; each with --help
+Commands   match-train, match-test, gan-train, gan-test, generate, make-data, check-data: --help
 """
 
 import argparse
@@ -103,9 +102,8 @@ class SincConv(nn.Module):
 
     (B, T) -> (B, C, ceil(T / stride)). A filter is the difference of two ideal low-passes,
         g(t) = 2 high sinc(2 high t) - 2 low sinc(2 low t),   sinc(x) = sin(pi x) / (pi x),
-    under a Hamming window, divided by 2 (high - low), which makes its centre 1. What is learned, in
-    Hz, is added to the least cut-off and band; it starts evenly on the mel scale. Raises ValueError
-    for an even kernel, which has no centre.
+    under a Hamming window, divided by 2 (high - low), which makes its centre 1. The cut-offs, in Hz,
+    start evenly on the mel scale. Raises ValueError for an even kernel, which has no centre.
     """
 
     def __init__(self, filters, kernel_size=251, stride=1):
@@ -118,15 +116,13 @@ class SincConv(nn.Module):
         hz = 700 * (10 ** (mel / 2595) - 1)  # (C+1,)
         self.low_hz = nn.Parameter(hz[:-1, None])  # (C, 1)
         self.band_hz = nn.Parameter(hz.diff()[:, None])  # (C, 1)
-        t = (torch.arange(kernel_size) - kernel_size // 2) / RATE  # (N,) in s
-        window = torch.hamming_window(kernel_size, periodic=False)  # (N,)
-        self.register_buffer("t", t, persistent=False)
-        self.register_buffer("window", window, persistent=False)
+        t = (torch.arange(kernel_size) - kernel_size // 2) / RATE  # s
+        self.register_buffer("t", t, persistent=False)  # (N,)
+        self.register_buffer("window", torch.hamming_window(kernel_size, periodic=False))  # (N,)
 
     def filters(self):
         """The impulse responses (C, N)."""
-        low = MIN_HZ + self.low_hz.abs()  # (C, 1)
-        low = low.clamp(max=RATE / 2 - MIN_HZ)  # keeps every band open [ours]
+        low = (MIN_HZ + self.low_hz.abs()).clamp(max=RATE / 2 - MIN_HZ)  # (C, 1); open band [ours]
         high = (low + MIN_HZ + self.band_hz.abs()).clamp(max=RATE / 2)  # (C, 1)
         g = 2 * high * torch.sinc(2 * high * self.t) - 2 * low * torch.sinc(2 * low * self.t)
         return g * self.window / (2 * (high - low))  # (C, N); torch.sinc(0) is 1, without 0/0
@@ -137,10 +133,9 @@ class SincConv(nn.Module):
 
 
 def scale_normalize(x, scale):
-    """Embeddings (B, D) scaled to one Euclidean length: inner products become scale^2 cos [ours].
+    """Embeddings (B, D) of one length: inner products become scale^2 cos [ours].
 
-    scale^2 is the inverse temperature of Eq. 1's softmax. With free lengths the loss starts at
-    log K with hardly a gradient.
+    With free lengths the loss of Eq. 1 starts at log K with hardly a gradient.
     """
     return scale * F.normalize(x.float(), dim=1)  # float: a GPU's layers may answer in bfloat16
 
@@ -150,8 +145,7 @@ class SpeechEncoder(nn.Module):
 
     The sinc layer and 7 convolutions [paper §3.1], each followed by batch norm and a PReLU with a
     slope per channel [PASE]; mean and linear map are [ours]. In PASE width is 64, sinc_stride 1.
-    Convolutions over time are 2-D ones over a single row, for these can have their channels last in
-    memory, which saves 13 % of a training step on a CPU.
+    2-D convolutions over one row can have channels last in memory: 13 % of a step on a CPU.
     """
 
     def __init__(self, width=64, sinc_stride=1, scale=1.0):
@@ -200,9 +194,9 @@ class DBlock(nn.Module):
 class FaceEncoder(nn.Module):
     """F: faces (B, 3, H, W) -> embeddings (B, D). The body of [SNGAN]'s projection discriminator.
 
-    Blocks halve the side down to 4, one more keeps it; ReLU and a sum over the 4x4 places; a linear
-    map [ours]. No batch norm: the second stage makes F a discriminator and differentiates it twice.
-    In [SNGAN] width is 64, size 128. Raises ValueError unless size is a power of two from 8 on.
+    Blocks halve the side down to 4, one more keeps it; ReLU, a sum over the 4x4 places, a linear map
+    [ours]. No batch norm: as a discriminator F is differentiated twice. In [SNGAN] width is 64, size
+    128. Raises ValueError unless size is a power of two from 8 on.
     """
 
     def __init__(self, size=128, width=64, scale=1.0):
@@ -253,9 +247,9 @@ def centre_head(encoder, x):
 def sample_candidates(rows, k, generator):
     """Columns (rows, K) of each row's candidates: itself, then K - 1 different other rows.
 
-    The rows are clips of different identities, so no negative is of its row's [paper §4]. All rows
-    share K - 1 random distances to their negatives: every other row is equally likely, and every
-    row is a negative equally often [ours]. Raises UserError where there are fewer than K rows.
+    Rows are clips of different identities, so that negatives are, too [paper §4]. All rows share
+    K - 1 random distances to their negatives: every other row is equally likely, each is a negative
+    equally often [ours]. Raises UserError where there are fewer than K rows.
     """
     if rows < k:
         raise UserError(f"K = {k} needs {k} identities at once, only {rows} could be read")
@@ -306,9 +300,8 @@ class AdaIN(nn.Module):
 class GBlock(nn.Module):
     """Residual block of [SNGAN]'s generator: (B, C, H, W), style (B, 2D) -> (B, C', 2H, 2W).
 
-    Up-sampling is bilinear, as in [StyleGAN]: nearest-neighbour left stripes of alternating rows.
-    It follows the first convolution and the 1x1 layer, where [SNGAN] has them after it: half of
-    the time [ours].
+    Up-sampling is bilinear as in [StyleGAN], for nearest-neighbour left stripes; it follows the
+    first convolution and the 1x1 layer, in [SNGAN] it is before them: half of the time [ours].
     """
 
     def __init__(self, channels, out):
@@ -333,9 +326,8 @@ class Generator(nn.Module):
     """G: z (B, D) and c (B, D) -> faces (B, 3, H, W) in [-1, 1].
 
     A linear map of [z, c] to 4x4 places, blocks that double the side, tanh [SNGAN]; AdaIN in each
-    layer [paper §3.2]. In [SNGAN] width is 64, size 128. c is scaled to the length c_scale; z has
-    variance 1 in each of its 128 directions, c most of its own in the few that voice and face
-    share. Raises ValueError unless size is a power of two from 8 on.
+    layer [paper §3.2]. In [SNGAN] width is 64, size 128. c is read with the length c_scale [ours].
+    Raises ValueError unless size is a power of two from 8 on.
     """
 
     def __init__(self, size=128, width=64, c_scale=1.0):
@@ -363,9 +355,8 @@ class Discriminator(nn.Module):
     """faces (B, 3, H, W) -> phi (B, D) and psi (B,), of which Eq. 2 makes g(f, c).
 
     phi starts as the trained F and goes on training [paper §3.2]. It comes out times `weight`, 1 in
-    the paper. psi is linear in what phi's head reads, in the paper in phi(f) itself: from an
-    embedding of fixed length only silhouettes were learned [ours]. It needs no bias, for the losses
-    take differences.
+    the paper. psi is linear in what phi's head reads, in the paper in phi(f): from an embedding of
+    fixed length only silhouettes were learned [ours]. Losses take differences: no bias.
     """
 
     def __init__(self, face_encoder, weight=1.0):
@@ -393,8 +384,7 @@ def logit(c, phi, psi):
 def rel_loss(g_real, g_fake):
     """-E log A(g(real, c+) - g(fake, c+)): Eq. 4 in Eq. 6; logits (B,), (B,) -> ().
 
-    For G real and fake change places: the non-saturating form. A is the sigmoid, and
-    -log A(x) = softplus(-x).
+    A is the sigmoid: -log A(x) = softplus(-x). For G real and fake change places.
     """
     return F.softplus(-(g_real - g_fake)).mean()
 
@@ -425,7 +415,7 @@ def update_ema(g_ema, generator, decay):
 
 # ==== 3. Training both stages   [paper §3, §4] ====================================================
 
-PRESETS, DIRECTIONS = ("small", "paper"), ("v-f", "f-v")
+DIRECTIONS = ("v-f", "f-v")
 SYNTHETIC = "data/synthetic"  # the one corpus that is made where it is missing
 MOMENTUM, WEIGHT_DECAY = 0.9, 1e-4  # of SGD [ours]
 SINC_LR = 1e4  # learning rate of the sinc cut-offs, being in Hz, in units of the others' [ours]
@@ -444,12 +434,12 @@ class RunSettings:
     """What both training commands may be told: every field is a flag. Defaults: preset `small`."""
 
     data: str = setting(SYNTHETIC, "corpus folder; this default is made when missing")
-    preset: str = setting("small", "small: two CPU cores; paper: its scale", choices=PRESETS)
+    preset: str = setting("small", "two CPU cores, or the paper's scale", choices=("small", "paper"))
     seed: int = setting(0, "seed of weights, batches, negatives and z", low=0)
     device: str = setting("auto", "cpu, cuda, cuda:1, ...; auto is cuda where there is one")
-    workers: int = setting(1, "loader processes; 0 loads in the training process", low=0)
-    runs: int = setting(5, "runs of the final test, with fresh negatives [paper §4]", low=1)
-    val_clips: int = setting(2000, "clips of a validation, always the same [ours]", low=2)
+    workers: int = setting(1, "loader processes; 0 loads in this process", low=0)
+    runs: int = setting(5, "runs of a test, with fresh negatives [paper §4]", low=1)
+    val_clips: int = setting(2000, "clips of a validation at most, always the same [ours]", low=2)
     save_every: int = setting(100, "steps between checkpoints", low=1)
     log_every: int = setting(50, "steps between log lines", low=1)
     resume: bool = setting(False, "go on with the run in --out, if there is one")
@@ -460,17 +450,15 @@ class MatchSettings(RunSettings):
     """Settings of match-train."""
 
     out: str = setting("runs/match", "run folder: checkpoints, log, metrics")
-    direction: str = setting("v-f", "v-f: learn to pick a face for a voice; f-v: the reverse "
-                             "[paper §3.1]", choices=DIRECTIONS)
+    direction: str = setting("v-f", "given a voice pick a face, or the reverse", choices=DIRECTIONS)
     k: int = setting(10, "candidates of a matching task in training [paper §4]", low=2)
     steps: int = setting(1500, "training steps [ours]", low=1)
     batch: int = setting(32, "clips per step and process, at least K [ours]", low=2)
     seconds: float = setting(1.5, "length of a speech window [ours]; 6 in [paper §4]")
     size: int = setting(64, "side of a face [ours]; 128 in [paper §2]", choices=(32, 64, 128))
     sinc_stride: int = setting(8, "stride of the sinc layer [ours]; 1 in [PASE]", low=1)
-    speech_width: int = setting(16, "sinc filters, unit of widths [ours]; 64 in [PASE]", low=1)
-    face_width: int = setting(16, "channels of block 1, unit of widths [ours]; 64 in [SNGAN]",
-                              low=1)
+    speech_width: int = setting(16, "sinc filters, unit of S's widths [ours]; 64 in [PASE]", low=1)
+    face_width: int = setting(16, "F's first channels, unit of widths [ours]; 64 in [SNGAN]", low=1)
     embed_scale: float = setting(3.5, "length of an embedding [ours]", low=0.1)
     lr: float = setting(0.05, "peak learning rate of SGD [ours]", low=0)
     eval_every: int = setting(300, "steps between validations", low=1)
@@ -482,12 +470,10 @@ class GanSettings(RunSettings):
 
     match: str = setting("runs/match/best.pt", "checkpoint of match-train: S, F and their sizes")
     out: str = setting("runs/gan", "run folder: checkpoint, log, samples, metrics")
-    loss: str = setting("relid", "relid: Eq. 5; rel: Eq. 4, without mismatched identities "
-                        "[paper §3.2]", choices=("relid", "rel"))
+    loss: str = setting("relid", "relid: Eq. 5; rel: Eq. 4 [paper §3.2]", choices=("relid", "rel"))
     steps: int = setting(5000, "training steps, each one of D and one of G [ours]", low=1)
     batch: int = setting(8, "real faces per step and process [ours]", low=2)
-    width: int = setting(16, "channels of G's last block, unit of widths [ours]; 64 in [SNGAN]",
-                         low=1)
+    width: int = setting(16, "G's last channels, unit of widths [ours]; 64 in [SNGAN]", low=1)
     weight: float = setting(1.0, "of <c, phi(f)> beside psi(f) [paper §3.2]", low=0)
     c_scale: float = setting(1.0, "length of c as G reads it [ours]", low=1e-6)
     lr: float = setting(2e-3, "learning rate of G's Adam [ours]", low=0)
@@ -510,6 +496,12 @@ def make_encoders(cfg, device):
     return [e.to(device, memory_format=torch.channels_last) for e in (speech_encoder, face_encoder)]
 
 
+def make_generator(match, cfg, device):
+    """A fresh G as both settings say."""
+    generator = Generator(match.size, cfg.width, cfg.c_scale)
+    return generator.to(device, memory_format=torch.channels_last)
+
+
 def warm_cosine(step, steps):
     """Share of the peak rate in steps 1, 2, ...: a rise in a tenth, then a cosine [ours]."""
     warm = max(1, steps // 10)
@@ -523,51 +515,39 @@ def late_fall(step, steps):
     return min(1, 2 - 2 * (step - 1) / steps)
 
 
-def descend(optimizer, loss, share, max_norm=None):
-    """One step down the loss at a share of each group's peak learning rate."""
+def descend(optimizer, loss, share, max_norm=math.inf):
+    """One step down the loss at a share of the peak rates, those the optimizer was made with."""
     for group in optimizer.param_groups:
-        group["lr"] = share * group["peak"]
+        group["lr"] = share * group.setdefault("peak", group["lr"])
     optimizer.zero_grad()
     loss.backward()
-    if max_norm:
+    if max_norm < math.inf:
         weights = [p for group in optimizer.param_groups for p in group["params"]]
         nn.utils.clip_grad_norm_(weights, max_norm)
     optimizer.step()
 
 
-def make_sgd(speech_encoder, face_encoder, cfg):
-    """SGD [paper §4]; the sinc cut-offs have their own rate, and no weight decay."""
-    low_hz, band_hz, *rest = speech_encoder.parameters()
-    groups = [dict(params=[*rest, *face_encoder.parameters()], peak=cfg.lr,
-                   weight_decay=WEIGHT_DECAY),
-              dict(params=[low_hz, band_hz], peak=cfg.lr * SINC_LR)]
-    return torch.optim.SGD(groups, cfg.lr, MOMENTUM)
-
-
-def make_adam(network, lr):
-    """Adam [paper §4] with BETAS of [StyleGAN]."""
-    return torch.optim.Adam([dict(params=list(network.parameters()), peak=lr)], lr, BETAS)
-
-
 def match_train(cfg):
     """Train S and F on Eq. 1, no labels; keep and test the pair that validates best [ours]."""
     machine = Machine(cfg.device)
-    corpus = open_training_corpus(cfg, machine, dict(train=cfg.batch, val=cfg.k, test=2))
-    saved, out = open_run(cfg, "match-train"), Path(cfg.out)
+    corpus = open_corpus(cfg.data, dict(train=cfg.batch, val=cfg.k, test=2), machine)
+    saved, out = open_run(cfg), Path(cfg.out)
     torch.manual_seed(cfg.seed)
     speech_encoder, face_encoder = make_encoders(cfg, machine.device)
-    optimizer = make_sgd(speech_encoder, face_encoder, cfg)
+    low_hz, band_hz, *weights = (*speech_encoder.parameters(), *face_encoder.parameters())
+    optimizer = torch.optim.SGD(  # [paper §4]
+        [dict(params=weights, weight_decay=WEIGHT_DECAY),
+         dict(params=[low_hz, band_hz], lr=cfg.lr * SINC_LR)], cfg.lr, MOMENTUM)
     pairs = PairDataset(corpus["train"], cfg, cfg.batch, cfg.seed, shuffle=True)
+    if not saved["step"]:
+        speech, faces, *_ = next(load_batches(pairs, [0], 0, machine.device))
+        centre_head(speech_encoder, speech)
+        centre_head(face_encoder, faces)
+    model = Model(cfg, speech_encoder, face_encoder)
     parts = dict(speech=speech_encoder, face=face_encoder, optimizer=optimizer)
-    if saved:
-        restore(parts, saved)
-    else:
-        first_batch = next(load_batches(pairs, [0], 0, machine.device))
-        centre_head(speech_encoder, first_batch.speech)
-        centre_head(face_encoder, first_batch.faces)
+    restore(parts, saved)
+    log, best = Log(cfg, machine, saved["step"]), saved["best"]
     train_s, train_f = machine.wrap(speech_encoder), machine.wrap(face_encoder)
-    model, log = Model(cfg, speech_encoder, face_encoder), Log(cfg, machine, saved.get("step", 0))
-    best = saved.get("best", -1.0)
 
     for step, speech, faces in training_batches(pairs, cfg, log, machine):  # (B, T), (B, 3, H, W)
         rng = step_generator(cfg.seed, step, machine.rank)
@@ -581,71 +561,40 @@ def match_train(cfg):
 
         log.add(step, loss=loss, accuracy=100 * top1(logits).mean())  # written each --log-every
         if machine.is_first and due(step, cfg.eval_every, cfg.steps):
-            best = validate_matching(model, corpus["val"], cfg, machine, step, best)
-            speech_encoder.train(), face_encoder.train()
+            best = validate_matching(model, corpus["val"], machine, step, best)
         if machine.is_first and due(step, cfg.save_every, cfg.steps):
-            save_checkpoint(out / "last.pt", parts, "match-train", cfg, step=step, best=best)
-
+            save_checkpoint(out / "last.pt", parts, cfg, step=step, best=best)
     if machine.is_first:
-        model = load_match(out / "best.pt", machine.device)
-        report(model, corpus["test"], cfg, machine)
+        report(load_model(out / "best.pt", MatchSettings, machine), corpus["test"], cfg, machine)
     machine.wait()
-
-
-def validate_matching(model, split, cfg, machine, step, best, draws=20):
-    """Accuracy (%) of the trained task over 20 draws of negatives; a new best goes to best.pt."""
-    speech, faces, _ = embed(model, split, cfg.seed, machine, cfg.workers)  # (N, D), (N, D)
-    generator = torch.Generator().manual_seed(cfg.seed)
-    hits = [k_way(speech, faces, cfg.k, cfg.direction, generator).mean() for _ in range(draws)]
-    accuracy = 100 * torch.stack(hits).mean().item()
-    print(f"validation after step {step}: {cfg.direction} {cfg.k}-way {accuracy:.1f} %", flush=True)
-    if accuracy > best:
-        weights = dict(speech=model.speech_encoder, face=model.face_encoder)
-        save_checkpoint(Path(cfg.out, "best.pt"), weights, "match-train", cfg, step=step)
-    return max(accuracy, best)
-
-
-def make_generator(match, cfg, device):
-    """A fresh G as both settings say."""
-    generator = Generator(match.size, cfg.width, cfg.c_scale)
-    return generator.to(device, memory_format=torch.channels_last)
-
-
-def validate_generator(model, split, machine, step):
-    """Print QTA 2; draw samples/STEP.png."""
-    cfg = model.gan
-    m = evaluate(model, split, {}, 1, cfg.seed, machine, cfg.workers)
-    print(f"validation after step {step}: drawn face preferred {m['preferred']:.1f} %, F-V 2-way "
-          f"{m['f-v/2']:.1f} %, on true faces {m['real/f-v/2']:.1f} %", flush=True)
-    plot_samples(model, split, make_folder(Path(cfg.out, "samples")) / f"{step:06}.png", machine)
 
 
 def gan_train(cfg):
     """Train G and D [paper §3.2]; g_ema, the running average of G, is what is kept and tested."""
     machine = Machine(cfg.device)
-    match, speech_encoder, face_encoder, _, _ = load_match(cfg.match, machine.device)
-    speech_encoder.requires_grad_(False)  # S is frozen [ours]
-    corpus = open_training_corpus(cfg, machine, dict(train=cfg.batch, val=2, test=2))
-    saved, out = open_run(cfg, "gan-train"), Path(cfg.out)
+    match, speech_encoder, face_encoder, *_ = load_model(cfg.match, MatchSettings, machine)
+    corpus = open_corpus(cfg.data, dict(train=cfg.batch, val=2, test=2), machine)
+    saved, out = open_run(cfg), Path(cfg.out)
     torch.manual_seed(cfg.seed)
     generator = make_generator(match, cfg, machine.device)
-    g_ema = copy.deepcopy(generator)
     discriminator = Discriminator(face_encoder, cfg.weight).to(machine.device)
-    g_optimizer, d_optimizer = make_adam(generator, cfg.lr), make_adam(discriminator, cfg.d_lr)
+    g_ema = copy.deepcopy(generator)
+    g_optimizer = torch.optim.Adam(generator.parameters(), cfg.lr, BETAS)  # [paper §4]
+    d_optimizer = torch.optim.Adam(discriminator.parameters(), cfg.d_lr, BETAS)
+    model = Model(match, speech_encoder, face_encoder, cfg, g_ema)
     parts = dict(speech=speech_encoder, face=face_encoder, g_ema=g_ema, g=generator,
                  d=discriminator, g_optimizer=g_optimizer, d_optimizer=d_optimizer)
     restore(parts, saved)
+    log = Log(cfg, machine, saved["step"])
     train_g, train_d = machine.wrap(generator), machine.wrap(discriminator)
     pairs = PairDataset(corpus["train"], match, cfg.batch, cfg.seed, shuffle=True)
-    model = Model(match, speech_encoder, face_encoder, cfg, g_ema)
-    log = Log(cfg, machine, saved.get("step", 0))
 
     for step, speech, real in training_batches(pairs, cfg, log, machine):  # (B, T), (B, 3, H, W)
         rng = step_generator(cfg.seed, step, machine.rank)
         z = torch.randn(len(real), EMBED, generator=rng).to(real.device)  # (B, D)
         others = sample_candidates(len(real), 2, rng)[:, 1]  # (B,): somebody else for each
         with machine.autocast:
-            with torch.no_grad():
+            with torch.no_grad():  # S is frozen [ours]
                 c_pos = speech_encoder(speech)  # c+: (B, T) -> (B, D)
             c_neg = c_pos[others]  # c-: (B, D)
             fake = train_g(z, c_pos)  # (B, D), (B, D) -> (B, 3, H, W)
@@ -678,8 +627,7 @@ def gan_train(cfg):
         if machine.is_first and due(step, cfg.eval_every, cfg.steps):
             validate_generator(model, corpus["val"], machine, step)
         if machine.is_first and due(step, cfg.save_every, cfg.steps):
-            save_checkpoint(out / "last.pt", parts, "gan-train", cfg, step=step,
-                            match=asdict(match))
+            save_checkpoint(out / "last.pt", parts, cfg, step=step, match=asdict(match))
     if machine.is_first:
         report(model, corpus["test"], cfg, machine)
     machine.wait()
@@ -695,7 +643,7 @@ GALLERY = 5000  # faces to retrieve from, at most [paper §4]
 
 
 class Model(NamedTuple):
-    """Trained networks and their settings; the last two of gan-train alone."""
+    """Trained networks and their settings; the last two are gan-train's."""
 
     match: MatchSettings
     speech_encoder: nn.Module
@@ -706,14 +654,40 @@ class Model(NamedTuple):
 
 @torch.no_grad()
 def embed(model, split, seed, machine, workers=0):
-    """A pair of each identity: speech (N, D), faces (N, D), identity (N,); eval mode afterwards."""
+    """A pair of each identity: speech (N, D), faces (N, D), identity (N,), on the CPU."""
     pairs, rows = PairDataset(split, model.match, model.match.batch, seed), []
-    speech_encoder, face_encoder = model.speech_encoder.eval(), model.face_encoder.eval()
-    for batch in load_batches(pairs, range(len(pairs)), workers, machine.device):
+    for speech, faces, identity, _ in load_batches(pairs, range(len(pairs)), workers, machine.device):
         with machine.autocast:
-            se, fe = speech_encoder(batch.speech), face_encoder(batch.faces)  # (B, D), (B, D)
-        rows.append((se.cpu(), fe.cpu(), batch.identity))
+            se, fe = model.speech_encoder(speech), model.face_encoder(faces)  # (B, D), (B, D)
+        rows.append((se.cpu(), fe.cpu(), identity))
     return [torch.cat(column) for column in zip(*rows)]
+
+
+def validate_matching(model, split, machine, step, best, draws=20):
+    """Accuracy (%) of the trained task, a mean over draws of negatives; a new best goes to best.pt."""
+    cfg, networks = model.match, (model.speech_encoder, model.face_encoder)
+    for network in networks:
+        network.eval()
+    speech, faces, _ = embed(model, thin(split, cfg.val_clips), cfg.seed, machine, cfg.workers)
+    generator = torch.Generator().manual_seed(cfg.seed)
+    hits = [k_way(speech, faces, cfg.k, cfg.direction, generator) for _ in range(draws)]  # (N,)
+    accuracy = 100 * torch.cat(hits).mean().item()
+    print(f"validation after step {step}: {cfg.direction} {cfg.k}-way {accuracy:.1f} %", flush=True)
+    if accuracy > best:
+        parts = dict(zip(("speech", "face"), networks))
+        save_checkpoint(Path(cfg.out, "best.pt"), parts, cfg, step=step)
+    for network in networks:
+        network.train()
+    return max(accuracy, best)
+
+
+def validate_generator(model, split, machine, step):
+    """Print QTA 2 and draw samples/STEP.png."""
+    cfg, folder = model.gan, make_folder(Path(model.gan.out, "samples"))
+    m = evaluate(model, thin(split, cfg.val_clips), {}, 1, cfg.seed, machine, cfg.workers)
+    print(f"validation after step {step}: drawn face preferred {m['preferred']:.1f} %, F-V 2-way "
+          f"{m['f-v/2']:.1f} %, on true faces {m['real/f-v/2']:.1f} %", flush=True)
+    plot_samples(model, split, folder / f"{step:06}.png", machine)
 
 
 def k_way(speech, faces, k, direction, generator):
@@ -789,7 +763,7 @@ def face_distances(queries, gallery, distance):
     """Distances by embedding: (Q, D), (G, D) -> (Q, G)."""
     if distance == "cosine":
         return 1 - F.normalize(queries) @ F.normalize(gallery).T
-    return torch.cdist(queries, gallery, p=1.0 if distance == "L1" else 2.0)
+    return torch.cdist(queries, gallery, p=float(distance[1]))  # L1, L2
 
 
 def recall(distances, name):
@@ -818,11 +792,10 @@ def embed_fakes(model, c, seed):
 def drawn_scores(c, fake, real, people, seed):
     """One run of QTA 1 to 3 and the K-way tests on drawn faces; c, fake, real (N, D) embeddings."""
     scores = {"preferred": preference(c, fake, real)} | matching_scores(c, fake, people, seed)
-    panels = distance_panels(c, fake, people, seed)
-    scores["qta1/r"] = pearson(*panels.pop("all couples"))
-    for title, (cd_c, cd_f) in panels.items():
-        name = f"qta1/{title.split()[0]}"  # qta1/different, qta1/same
-        scores |= {f"{name}/c": cd_c.mean().item(), f"{name}/face": cd_f.mean().item()}
+    for title, (cd_c, cd_f) in distance_panels(c, fake, people, seed).items():
+        name = f"qta1/{title.split()[0]}"  # qta1/all, qta1/different, qta1/same
+        scores |= {f"{name}/c": cd_c.mean().item(), f"{name}/face": cd_f.mean().item(),
+                   f"{name}/r": pearson(cd_c, cd_f)}
     for name in DISTANCES:
         scores |= recall(face_distances(fake[:GALLERY], real[:GALLERY], name), f"retrieval/{name}")
     return scores
@@ -885,8 +858,8 @@ def report(model, split, args, machine):
 def match_test(args):
     """Test trained encoders on one split: both directions, K = 2 and 10."""
     machine = Machine(args.device)
-    model = load_match(args.match, machine.device)
-    report(model, open_corpus(args.data, {args.split: 2})[args.split], args, machine)
+    corpus = open_corpus(args.data, {args.split: 2})
+    report(load_model(args.match, MatchSettings, machine), corpus[args.split], args, machine)
 
 
 # What c and z control [paper QLA 1 to 3, by eye there], as a probe reads it from drawn faces [ours]
@@ -902,18 +875,18 @@ def train_probe(split, targets, model, machine, workers, steps=500, batch=64):
     probe.head = nn.Linear(probe.head.in_features, targets.shape[1])
     nn.init.normal_(probe.head.weight, std=1e-3)  # the features, being sums, are large
     probe.to(machine.device, memory_format=torch.channels_last)
-    optimizer = make_adam(probe, 2e-3)
+    optimizer = torch.optim.Adam(probe.parameters(), 2e-3)
     pairs = PairDataset(split, model.match, min(batch, len(split.names)), 0, shuffle=True)
     batches = load_batches(pairs, range(steps), workers, machine.device)
-    for step, batch in enumerate(batches, start=1):
-        read = probe.head(probe.features(batch.faces))  # (B, 3, H, W) -> (B, E)
-        loss = F.mse_loss(read, targets[batch.identity].to(machine.device))
+    for step, (_, faces, identity, _) in enumerate(batches, start=1):
+        read = probe.head(probe.features(faces))  # (B, 3, H, W) -> (B, E)
+        loss = F.mse_loss(read, targets[identity].to(machine.device))
         descend(optimizer, loss, warm_cosine(step, steps))
     return probe.eval()
 
 
 def variance_shares(read):
-    """Shares of the variance of (V voices, Z, E) due to c, to z, and to both together: 3 of (E,).
+    """{"c", "z", "both": share of the variance of (V voices, Z, E) due to it, (E,)}.
 
     Two-way analysis of variance: the means over z vary by c alone, those over c by z alone.
     """
@@ -924,29 +897,29 @@ def variance_shares(read):
 
 
 def control_scores(model, corpus, labels, machine, workers, voices=48, noises=16):
-    """control/<factor>/...: c, z, both: percent of the variance of what a probe reads in faces drawn
+    """{control/<factor>/...}: of what the probe reads in faces drawn of V voices by Z noises.
 
-    of V voices by Z noises; voice: its r with what the voices show; probe: r on unseen true faces.
+    c, z, both: percent of the variance; voice: r with what the voice shows; probe: r with the truth
+    on unseen true faces.
     """
     known = numbers([labels[name] for name in corpus["train"].names], FACTORS)  # (P, E)
     targets = (known - known.mean(0)) / known.std(0)  # (P, E)
     probe = train_probe(corpus["train"], targets, model, machine, workers)
-    batch, names = sample_batch(corpus["test"], model.match, 400, 0, machine)
+    speech, faces, names = sample_batch(corpus["test"], model.match, 400, 0, machine)
     people = [labels[name] for name in names]
     z = torch.randn(noises, EMBED, generator=torch.Generator().manual_seed(0))  # (Z, D)
     with torch.no_grad():
-        seen = probe.head(probe.features(batch.faces)).cpu()  # (N, E)
-        c = model.speech_encoder(batch.speech[:voices]).cpu()  # (V, D)
+        seen = probe.head(probe.features(faces)).cpu()  # (N, E)
+        c = model.speech_encoder(speech[:voices]).cpu()  # (V, D)
         drawn = [generate_faces(model, one, z).to(machine.device) for one in c]  # V of (Z, 3, H, W)
         read = torch.stack([probe.head(probe.features(faces)).cpu() for faces in drawn])  # (V, Z, E)
-    metrics = {f"control/{name}/{of}": 100 * share.item()
-               for of, shares in variance_shares(read).items() for name, share in zip(FACTORS, shares)}
+    metrics, shares = {}, variance_shares(read)
     for e, name in enumerate(FACTORS):
+        metrics |= {f"control/{name}/{of}": 100 * share[e].item() for of, share in shares.items()}
         metrics[f"control/{name}/probe"] = pearson(seen[:, e], numbers(people, [name])[:, 0])
-        shown = f"voice_{name}" if name in LINKED else name
-        if name in ("gender", *LINKED):
-            voice = numbers(people[:voices], [shown]).expand_as(read[..., e])  # (V, 1) -> (V, Z)
-            metrics[f"control/{name}/voice"] = pearson(read[..., e], voice)
+    for e, name in enumerate(["gender", *(f"voice_{name}" for name in LINKED)]):  # as in FACTORS
+        voice = numbers(people[:voices], [name]).expand(-1, noises)  # (V, 1) -> (V, Z)
+        metrics[f"control/{FACTORS[e]}/voice"] = pearson(read[..., e], voice)
     right = (read[..., 0] > 0) == (numbers(people[:voices], ["gender"]) > 0.5)  # (V, Z), (V, 1)
     metrics["control/gender/right"] = 100 * right.float().mean().item()
     return {key: round(value, 3) for key, value in metrics.items()}
@@ -994,18 +967,17 @@ def plot_scatter(path, panels, across, up, side=300, margin=40):
 
 
 def sample_batch(split, cfg, count, seed, machine):
-    """A pair each of at most `count` people spread over a split, and their names."""
-    rows = np.linspace(0, len(split.names) - 1, min(count, len(split.names)), dtype=int)
-    some = Split(split.folder, split.names[rows])
-    batch = next(load_batches(PairDataset(some, cfg, count, seed), [0], 0, machine.device))
-    return batch, some.names[batch.identity]
+    """A pair each of `count` people, spread over a split: speech (N, T), faces (N, 3, H, W), names."""
+    pairs = PairDataset(thin(split, count), cfg, count, seed)
+    speech, faces, identity, _ = next(load_batches(pairs, [0], 0, machine.device))
+    return speech, faces, pairs.split.names[identity]
 
 
 @torch.no_grad()
 def plot_samples(model, split, path, machine, rows=6, columns=7):
     """Figure 2: a voice per row, a z per column, the same at every call; first the true face."""
-    batch, names = sample_batch(split, model.match, rows, 0, machine)
-    c, faces = model.speech_encoder(batch.speech).cpu(), batch.faces.cpu()  # (rows, D)
+    speech, faces, names = sample_batch(split, model.match, rows, 0, machine)
+    c, faces = model.speech_encoder(speech).cpu(), faces.cpu()  # (rows, D), (rows, 3, H, W)
     z = torch.randn(columns, EMBED, generator=torch.Generator().manual_seed(0))
     grid = [torch.cat([faces[i:i + 1], generate_faces(model, c[i], z)]) for i in range(len(c))]
     plot_grid(path, grid, names, ["true face", *(f"z {i + 1}" for i in range(columns))])
@@ -1015,9 +987,10 @@ def plot_samples(model, split, path, machine, rows=6, columns=7):
 def plot_report(model, split, labels, out, seed, machine, rows=4, columns=7, top=5):
     """Figures 2 to 6 for a report: voices by z, between voices, between z, distances, retrieval."""
     plot_samples(model, split, out / "grid.png", machine)
-    batch, names = sample_batch(split, model.match, 500, seed, machine)
-    c, faces = model.speech_encoder(batch.speech).cpu(), batch.faces.cpu()  # (N, D), (N, 3, H, W)
-    fake, real = embed_fakes(model, c, seed), model.face_encoder(batch.faces).cpu()  # (N, D)
+    speech, faces, names = sample_batch(split, model.match, 500, seed, machine)
+    real, faces = model.face_encoder(faces).cpu(), faces.cpu()  # (N, D), (N, 3, H, W)
+    c = model.speech_encoder(speech).cpu()  # (N, D)
+    fake = embed_fakes(model, c, seed)  # (N, D)
     z = torch.randn(c.shape, generator=torch.Generator().manual_seed(seed))  # (N, D), that of fake
     t = torch.linspace(0, 1, columns)[:, None]  # (columns, 1), shares of the way
     nearest = face_distances(fake, real, "cosine").topk(min(top, len(c)), largest=False).indices
@@ -1057,8 +1030,8 @@ THEIRS = {"real/f-v/2": 88.47, "f-v/2": 95.14, "preferred": 76.65, "baseline/pre
 def gan_test(args):
     """Write OUT/report.md with every figure and number of section 4, its pictures, metrics.json."""
     machine, out, labels = Machine(args.device), make_folder(args.out), read_labels(args.data)
-    model = load_gan(args.gan, machine.device)
-    baseline = load_gan(args.baseline, machine.device) if args.baseline else None
+    model = load_model(args.gan, GanSettings, machine)
+    baseline = load_model(args.baseline, GanSettings, machine) if args.baseline else None
     corpus = open_corpus(args.data, dict(train=2, test=2))
     metrics = evaluate(model, corpus["test"], labels, args.runs, args.seed, machine, args.workers,
                        baseline)
@@ -1083,7 +1056,7 @@ def gan_test(args):
 def generate(args, recordings):
     """Draw n faces for each recording: a labelled picture, or a folder with one PNG per face."""
     machine, to_picture = Machine(args.device), args.out.lower().endswith(".png")
-    model, rng = load_gan(args.gan, machine.device), np.random.default_rng(args.seed)
+    model, rng = load_model(args.gan, GanSettings, machine), np.random.default_rng(args.seed)
     noise, rows = torch.Generator().manual_seed(args.seed), []
     z = torch.randn(args.n, EMBED, generator=noise)  # (n, D)
     for path in recordings:
@@ -1124,11 +1097,17 @@ class Split(NamedTuple):
     names: np.ndarray  # a million names take 60 MB, which loader processes share
 
 
-def open_corpus(data, least):
+def open_corpus(data, least, machine=None):
     """{split: Split} for the splits in `least`, which says how many identities each must have.
 
     No file is opened; raises UserError where a split or identities are missing, or in two splits.
+    With `machine`, for training, the synthetic corpus is made where it is missing.
     """
+    if machine and machine.is_first and data == SYNTHETIC and not Path(data).exists():
+        make_data(argparse.Namespace(identities=IDENTITIES, seed=0), data)
+    if machine:
+        machine.wait()
+    read_labels(data)  # a fault there shall not wait for the end of training
     corpus = {}
     for split, count in least.items():
         folder = Path(data, split)
@@ -1146,16 +1125,10 @@ def open_corpus(data, least):
     return corpus
 
 
-def open_training_corpus(cfg, machine, least):
-    """open_corpus of --data, with at most --val-clips identities, always the same, in val."""
-    if machine.is_first and cfg.data == SYNTHETIC and not Path(cfg.data).exists():
-        make_data(argparse.Namespace(identities=IDENTITIES, seed=0), cfg.data)
-    machine.wait()
-    read_labels(cfg.data)  # a fault there shall not wait for the end of training
-    corpus = open_corpus(cfg.data, least)
-    folder, names = corpus["val"]
-    some = np.random.default_rng(0).permutation(names)[:cfg.val_clips]
-    return corpus | {"val": Split(folder, np.sort(some))}
+def thin(split, count):
+    """At most `count` identities of a split, evenly spread, always the same."""
+    rows = np.linspace(0, len(split.names) - 1, min(count, len(split.names)), dtype=int)
+    return Split(split.folder, split.names[rows])
 
 
 def read_labels(data):
@@ -1260,21 +1233,12 @@ def load_face(path, size=None):
     return np.array(ImageOps.fit(face, (size, size), Image.Resampling.BILINEAR) if size else face)
 
 
-class Batch(NamedTuple):
-    """Positive pairs of different identities, and what could not be read."""
-
-    speech: torch.Tensor  # (B, T) float32
-    faces: torch.Tensor  # uint8 (B, H, W, 3) as loaded, (B, 3, H, W) in [-1, 1] on the device
-    identity: torch.Tensor  # (B,) int64, rows of Split.names
-    faults: list  # of texts
-
-
 class PairDataset:
-    """Batches of positive pairs; pairs[i] is batch i, a pure function of seed and i.
+    """Batches of positive pairs of different identities, pure functions of seed and number:
 
-    With shuffle, for training [ours]: B different identities drawn at random, faces flipped at
-    random, further people in place of unreadable ones. Without, for tests: identities in order, and
-    unreadable ones are left out.
+    pairs[i] is speech (B, T), faces uint8 (B, H, W, 3), identity (B,), rows of split.names, and a
+    list of what could not be read. With shuffle, for training [ours]: people drawn at random, faces
+    flipped at random, others for who cannot be read. Without, for tests: everybody in order.
     """
 
     def __init__(self, split, cfg, batch, seed, shuffle=False):
@@ -1298,9 +1262,8 @@ class PairDataset:
             if len(rows) == self.batch:
                 break
         if len(faults) > max(1, len(rows)):
-            return Batch(None, None, None, faults)  # too many
-        speech, faces, identity = (torch.from_numpy(np.stack(column)) for column in zip(*rows))
-        return Batch(speech, faces, identity, faults)
+            return None, None, None, faults  # too many
+        return *(torch.from_numpy(np.stack(column)) for column in zip(*rows)), faults
 
     def load(self, identity, rng):
         """Speech (T,) and a face (H, W, 3): a random recording, a random picture of its clip.
@@ -1323,21 +1286,21 @@ class PairDataset:
 
 
 def load_batches(pairs, batches, workers, device):
-    """The batches of these numbers, made ahead by loader processes, on the device.
+    """The batches of these numbers, made ahead by loader processes; faces (B, 3, H, W) in [-1, 1].
 
     Warns of unreadable files; raises UserError where they outnumber what could be read.
     """
     loader = torch.utils.data.DataLoader(
         pairs, batch_size=None, sampler=batches, num_workers=workers,
         worker_init_fn=ignore_ctrl_c, pin_memory=device.type == "cuda")
-    for batch in loader:
-        for fault in batch.faults:
+    for speech, faces, identity, faults in loader:
+        for fault in faults:
             print(f"warning: left out: {fault}", file=sys.stderr, flush=True)
-        if batch.speech is None:
-            raise UserError(f"too many unreadable files (run check-data), as {batch.faults[-1]}")
-        speech, faces = (x.to(device, non_blocking=True) for x in batch[:2])
+        if speech is None:
+            raise UserError(f"too many unreadable files (run check-data), as {faults[-1]}")
+        faces = faces.to(device, non_blocking=True)  # uint8: a quarter of the way
         faces = faces.permute(0, 3, 1, 2).float() / 127.5 - 1  # (B, H, W, 3) -> (B, 3, H, W)
-        yield batch._replace(speech=speech, faces=faces)
+        yield speech.to(device, non_blocking=True), faces, identity, faults
 
 
 def ignore_ctrl_c(worker):
@@ -1617,9 +1580,9 @@ def training_batches(pairs, cfg, log, machine):
     first, count = log.step * machine.count + machine.rank, machine.count
     numbers = range(first, cfg.steps * count, count)  # every process has its own batches
     batches = load_batches(pairs, numbers, cfg.workers, machine.device)
-    for step, batch in enumerate(batches, start=log.step + 1):
-        log.faults += len(batch.faults)
-        yield step, batch.speech, batch.faces
+    for step, (speech, faces, _, faults) in enumerate(batches, start=log.step + 1):
+        log.faults += len(faults)
+        yield step, speech, faces
 
 
 def due(step, every, steps):
@@ -1667,18 +1630,19 @@ def write_json(path, content):
     Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf8")
 
 
-def save_checkpoint(path, parts, command, cfg, **more):
+def save_checkpoint(path, parts, cfg, **more):
     """Write states, settings and more beside `path`, then rename: `path` is whole at any time.
 
     Raises UserError where weights are no longer numbers, or the disk is full.
     """
-    if any(not p.isfinite().all() for part in parts.values() if isinstance(part, nn.Module)
-           for p in part.parameters()):
+    weights = [p for part in parts.values() if isinstance(part, nn.Module) for p in part.parameters()]
+    if not all(p.isfinite().all() for p in weights):
         raise UserError(f"step {more['step']}: weights are NaN, the run diverged; try a lower --lr; "
                         f"{path}, if there, is from before")
     state = {name: part.state_dict() for name, part in parts.items()}
+    state |= more | dict(kind=type(cfg).__name__, settings=asdict(cfg))
     try:
-        torch.save(state | more | dict(command=command, settings=asdict(cfg)), f"{path}.part")
+        torch.save(state, f"{path}.part")
         os.replace(f"{path}.part", path)
     except (OSError, RuntimeError) as e:
         Path(f"{path}.part").unlink(missing_ok=True)
@@ -1686,65 +1650,58 @@ def save_checkpoint(path, parts, command, cfg, **more):
                         "before is whole: --resume goes on from there") from e
 
 
-def load_checkpoint(path, device, command):
-    """The dict that `command` saved; raises UserError where it is none."""
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such checkpoint; {command} writes them")
+def load_checkpoint(path, kind, device):
+    """The dict of a training with settings of this kind; raises UserError where there is none."""
     try:
         state = torch.load(path, map_location=device, weights_only=True)  # runs no code
-        found = state["command"]
+        found = state["kind"]
+    except FileNotFoundError as e:
+        raise UserError(f"{path}: no such checkpoint; match-train and gan-train write them") from e
     except Exception as e:  # on a damaged file torch.load raises nearly anything
         raise UserError(f"{path}: not a checkpoint, or damaged ({type(e).__name__})") from e
-    if found != command:
-        raise UserError(f"{path}: is a checkpoint of {found}, not of {command}")
+    if found != kind.__name__:
+        raise UserError(f"{path}: holds {found}, not {kind.__name__}: it is of the other training")
     return state
 
 
 def restore(parts, state):
-    """Load the states of parts from a checkpoint, if there is one."""
-    for name, part in parts.items() if state else ():
-        part.load_state_dict(state[name])
+    """Load the states of parts from a checkpoint, if they are in it."""
+    for name in parts.keys() & state.keys():
+        parts[name].load_state_dict(state[name])
 
 
 MAY_CHANGE = {"data", "out", "device", "workers", "log_every", "save_every", "resume"}
 
 
-def open_run(cfg, command):
-    """The checkpoint in --out to go on from, {} at the beginning.
+def open_run(cfg):
+    """The checkpoint in --out to go on from; step 0 at the beginning.
 
     Raises UserError where --out holds a run without --resume, or one of other settings.
     """
     last = make_folder(cfg.out) / "last.pt"
     if not last.exists():
-        return {}
+        return dict(step=0, best=-1.0)
     if not cfg.resume:
         raise UserError(f"--out {cfg.out}: holds a run; name another folder, or --resume it")
-    state = load_checkpoint(last, "cpu", command)
-    now, before = asdict(cfg), state["settings"]
-    other = [f"{flag(name)} {before[name]}, not {x}" for name, x in now.items()
-             if name not in MAY_CHANGE and x != before[name]]
+    state = load_checkpoint(last, type(cfg), "cpu")
+    other = [f"{flag(name)} {x}, not {getattr(cfg, name)}" for name, x in state["settings"].items()
+             if name not in MAY_CHANGE and x != getattr(cfg, name)]
     if other:
         raise UserError(f"--resume: the run in {cfg.out} has {', '.join(other)}")
     return state
 
 
-def load_match(path, device):
-    """The Model of a checkpoint of match-train; raises UserError where it is none."""
-    state = load_checkpoint(path, device, "match-train")
-    cfg = MatchSettings(**state["settings"])
-    speech_encoder, face_encoder = make_encoders(cfg, device)
+def load_model(path, kind, machine):
+    """The Model, ready to test, of a training with settings of this kind; UserError where none is."""
+    state = load_checkpoint(path, kind, machine.device)
+    cfg, gan, g_ema = kind(**state["settings"]), None, None
+    if kind is GanSettings:
+        cfg, gan = MatchSettings(**state["match"]), cfg
+        g_ema = make_generator(cfg, gan, machine.device)
+        restore(dict(g_ema=g_ema), state)
+    speech_encoder, face_encoder = make_encoders(cfg, machine.device)
     restore(dict(speech=speech_encoder, face=face_encoder), state)
-    return Model(cfg, speech_encoder.eval(), face_encoder.eval())
-
-
-def load_gan(path, device):
-    """The Model of a checkpoint of gan-train; raises UserError where it is none."""
-    state = load_checkpoint(path, device, "gan-train")
-    match, cfg = MatchSettings(**state["match"]), GanSettings(**state["settings"])
-    speech_encoder, face_encoder = make_encoders(match, device)
-    g_ema = make_generator(match, cfg, device)
-    restore(dict(speech=speech_encoder, face=face_encoder, g_ema=g_ema), state)
-    return Model(match, speech_encoder.eval(), face_encoder.eval(), cfg, g_ema)
+    return Model(cfg, speech_encoder.eval(), face_encoder.eval(), gan, g_ema)
 
 
 # ==== 9. Command line: the flags of a training are its settings ===================================
