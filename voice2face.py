@@ -93,7 +93,7 @@ MIN_HZ = 50  # the least cut-off and the least band of a sinc filter [SincNet]
 
 
 def pad_same(x, kernel_size):
-    """(..., H, T) -> (..., H, T + N - 1): reflected ends; stride s then leaves ceil(T / s) [PASE]."""
+    """(..., H, T) -> (..., H, T + N - 1): reflected ends; stride s leaves ceil(T / s) [PASE]."""
     return F.pad(x, ((kernel_size - 1) // 2, kernel_size // 2, 0, 0), mode="reflect")
 
 
@@ -102,7 +102,7 @@ class SincConv(nn.Module):
 
     (B, T) -> (B, C, ceil(T / stride)). A filter is the difference of two ideal low-passes,
         g(t) = 2 high sinc(2 high t) - 2 low sinc(2 low t),   sinc(x) = sin(pi x) / (pi x),
-    under a Hamming window, divided by 2 (high - low), which makes its centre 1. The cut-offs, in Hz,
+    under a Hamming window, divided by 2 (high - low), which makes its centre 1. Cut-offs, in Hz,
     start evenly on the mel scale. Raises ValueError for an even kernel, which has no centre.
     """
 
@@ -160,7 +160,7 @@ class SpeechEncoder(nn.Module):
         self.head = nn.Linear(widths[-1], EMBED)
 
     def features(self, x):
-        """(B, T) -> (B, C), what the head reads; L frames, ceil(T / (160 sinc_stride)), on the way."""
+        """(B, T) -> (B, C), what the head reads; L = ceil(T / (160 sinc_stride)) in between."""
         x = x / (x.std(1, keepdim=True) + SILENCE)  # the loudness is the microphone's [ours]
         x = self.convs[0](x)[:, :, None]  # (B, T) -> (B, C, 1, T / stride)
         x = self.acts[0](self.norms[0](x))
@@ -194,9 +194,9 @@ class DBlock(nn.Module):
 class FaceEncoder(nn.Module):
     """F: faces (B, 3, H, W) -> embeddings (B, D). The body of [SNGAN]'s projection discriminator.
 
-    Blocks halve the side down to 4, one more keeps it; ReLU, a sum over the 4x4 places, a linear map
-    [ours]. No batch norm: as a discriminator F is differentiated twice. In [SNGAN] width is 64, size
-    128. Raises ValueError unless size is a power of two from 8 on.
+    Blocks halve the side down to 4, one more keeps it; ReLU, a sum over the 4x4 places, a linear
+    map [ours]. No batch norm: as a discriminator F is differentiated twice. In [SNGAN] width is 64,
+    size 128. Raises ValueError unless size is a power of two from 8 on.
     """
 
     def __init__(self, size=128, width=64, scale=1.0):
@@ -434,7 +434,7 @@ class RunSettings:
     """What both training commands may be told: every field is a flag. Defaults: preset `small`."""
 
     data: str = setting(SYNTHETIC, "corpus folder; this default is made when missing")
-    preset: str = setting("small", "two CPU cores, or the paper's scale", choices=("small", "paper"))
+    preset: str = setting("small", "for two CPU cores, or as the paper", choices=("small", "paper"))
     seed: int = setting(0, "seed of weights, batches, negatives and z", low=0)
     device: str = setting("auto", "cpu, cuda, cuda:1, ...; auto is cuda where there is one")
     workers: int = setting(1, "loader processes; 0 loads in this process", low=0)
@@ -530,7 +530,7 @@ def descend(optimizer, loss, share, max_norm=math.inf):
 def match_train(cfg):
     """Train S and F on Eq. 1, no labels; keep and test the pair that validates best [ours]."""
     machine = Machine(cfg.device)
-    corpus = open_corpus(cfg.data, dict(train=cfg.batch, val=cfg.k, test=2), machine)
+    corpus = open_corpus(cfg.data, dict(train=cfg.batch, val=2, test=2), machine)
     saved, out = open_run(cfg), Path(cfg.out)
     torch.manual_seed(cfg.seed)
     speech_encoder, face_encoder = make_encoders(cfg, machine.device)
@@ -562,6 +562,7 @@ def match_train(cfg):
         log.add(step, loss=loss, accuracy=100 * top1(logits).mean())  # written each --log-every
         if machine.is_first and due(step, cfg.eval_every, cfg.steps):
             best = validate_matching(model, corpus["val"], machine, step, best)
+            speech_encoder.train(), face_encoder.train()
         if machine.is_first and due(step, cfg.save_every, cfg.steps):
             save_checkpoint(out / "last.pt", parts, cfg, step=step, best=best)
     if machine.is_first:
@@ -633,12 +634,12 @@ def gan_train(cfg):
     machine.wait()
 
 
-# ==== 4. Evaluation: K-way matching [paper §4, Tables 1, 2], its ceiling, QTA 1 to 3, what c, z do ==
-# A test takes one clip of each identity. Every run draws fresh windows, pictures, negatives and z; a
-# figure is the mean, and /std the deviation, over --runs. The judge is the first stage's F, not phi.
+# ==== 4. Evaluation: K-way tests [paper §4, Tables 1, 2], their ceiling, QTA 1 to 3, what c, z do =
+# A test takes one clip of each identity. Every run draws fresh windows, pictures, negatives and z.
+# The judge is the first stage's F, not phi. people: the N clips' rows of labels.csv.
 
 TASKS = list(itertools.product(DIRECTIONS, (2, 10)))  # K of the tests [paper §4]
-RANKS, DISTANCES = (1, 2, 5, 10), ("L1", "L2", "cosine")  # [paper Table 3]
+RANKS = (1, 2, 5, 10)  # of R@k [paper Table 3]
 GALLERY = 5000  # faces to retrieve from, at most [paper §4]
 
 
@@ -654,62 +655,52 @@ class Model(NamedTuple):
 
 @torch.no_grad()
 def embed(model, split, seed, machine, workers=0):
-    """A pair of each identity: speech (N, D), faces (N, D), identity (N,), on the CPU."""
+    """A pair of each identity: speech (N, D), faces (N, D), identity (N,); eval mode afterwards."""
     pairs, rows = PairDataset(split, model.match, model.match.batch, seed), []
-    for speech, faces, identity, _ in load_batches(pairs, range(len(pairs)), workers, machine.device):
+    speech_encoder, face_encoder = model.speech_encoder.eval(), model.face_encoder.eval()
+    batches = load_batches(pairs, range(len(pairs)), workers, machine.device)
+    for speech, faces, identity, _ in batches:
         with machine.autocast:
-            se, fe = model.speech_encoder(speech), model.face_encoder(faces)  # (B, D), (B, D)
+            se, fe = speech_encoder(speech), face_encoder(faces)  # (B, D), (B, D)
         rows.append((se.cpu(), fe.cpu(), identity))
     return [torch.cat(column) for column in zip(*rows)]
 
 
-def validate_matching(model, split, machine, step, best, draws=20):
-    """Accuracy (%) of the trained task, a mean over draws of negatives; a new best goes to best.pt."""
-    cfg, networks = model.match, (model.speech_encoder, model.face_encoder)
-    for network in networks:
-        network.eval()
-    speech, faces, _ = embed(model, thin(split, cfg.val_clips), cfg.seed, machine, cfg.workers)
-    generator = torch.Generator().manual_seed(cfg.seed)
-    hits = [k_way(speech, faces, cfg.k, cfg.direction, generator) for _ in range(draws)]  # (N,)
-    accuracy = 100 * torch.cat(hits).mean().item()
-    print(f"validation after step {step}: {cfg.direction} {cfg.k}-way {accuracy:.1f} %", flush=True)
-    if accuracy > best:
-        parts = dict(zip(("speech", "face"), networks))
+def validate_matching(model, split, machine, step, best):
+    """Accuracy (%) of the trained task on a part of a split; a new best goes to best.pt [ours]."""
+    cfg, some = model.match, thin(split, model.match.val_clips)
+    metrics = evaluate(model, some, {}, cfg.runs, cfg.seed, machine, cfg.workers)
+    task = f"{cfg.direction}/{10 if f'{cfg.direction}/10' in metrics else 2}"
+    print(f"validation after step {step}: {task} {show(metrics, task)} %", flush=True)
+    if metrics[task] > best:
+        parts = dict(speech=model.speech_encoder, face=model.face_encoder)
         save_checkpoint(Path(cfg.out, "best.pt"), parts, cfg, step=step)
-    for network in networks:
-        network.train()
-    return max(accuracy, best)
+    return max(metrics[task], best)
 
 
 def validate_generator(model, split, machine, step):
     """Print QTA 2 and draw samples/STEP.png."""
     cfg, folder = model.gan, make_folder(Path(model.gan.out, "samples"))
-    m = evaluate(model, thin(split, cfg.val_clips), {}, 1, cfg.seed, machine, cfg.workers)
-    print(f"validation after step {step}: drawn face preferred {m['preferred']:.1f} %, F-V 2-way "
-          f"{m['f-v/2']:.1f} %, on true faces {m['real/f-v/2']:.1f} %", flush=True)
+    metrics = evaluate(model, thin(split, cfg.val_clips), {}, 1, cfg.seed, machine, cfg.workers)
+    print(f"validation after step {step}:", *(f"{key} {metrics[key]:.1f} %" for key in
+          ("preferred", "f-v/2", "real/f-v/2")), flush=True)
     plot_samples(model, split, folder / f"{step:06}.png", machine)
 
 
-def k_way(speech, faces, k, direction, generator):
-    """Which of N clips are matched right among K, (N, D), (N, D) -> (N,) in 0 ... 1."""
-    candidates = sample_candidates(len(speech), k, generator)  # (N, K)
-    return top1(match_logits(speech, faces, candidates, direction))  # (N, K) -> (N,)
-
-
 def matching_scores(speech, faces, people, seed, prefix=""):
-    """One run of all tests on N clips: {prefix + "v-f/2": percent, ...}; people: rows of labels.csv.
+    """One run of all tests on embeddings (N, D): {prefix + "v-f/2": percent, ...}.
 
     With /gender wrong answers are of the right one's gender, and clips without one stay out. A test
     with fewer than K people is left out.
     """
-    genders, scores = [row.get("gender") for row in people], {}
-    alike = [torch.tensor([i for i, g in enumerate(genders) if g == gender])
-             for gender in sorted(set(genders) - {"", None})]
+    genders, scores = np.array([row.get("gender") or "" for row in people]), {}
+    alike = [torch.from_numpy(np.flatnonzero(genders == g)) for g in sorted({*genders} - {""})]
     for (direction, k), suffix in itertools.product(TASKS, ("", "/gender")):
-        generator = torch.Generator().manual_seed(seed)
-        groups = alike if suffix else [torch.arange(len(speech))]
-        hits = [k_way(speech[rows], faces[rows], k, direction, generator)
-                for rows in groups if len(rows) >= k]
+        hits, generator = [], torch.Generator().manual_seed(seed)
+        for rows in alike if suffix else [torch.arange(len(speech))]:
+            if len(rows) >= k:
+                candidates = sample_candidates(len(rows), k, generator)  # (n, K)
+                hits.append(top1(match_logits(speech[rows], faces[rows], candidates, direction)))
         if hits:
             scores[f"{prefix}{direction}/{k}{suffix}"] = 100 * torch.cat(hits).mean().item()
     return scores
@@ -719,9 +710,9 @@ def oracle_embeddings(people):
     """What perfect encoders would answer for people with known factors: two of (N, E).
 
     For standard normals v, f of correlation r the best score for Eq. 1 is
-        log p(v, f) / (p(v) p(f)) = const + a v f - b v^2 - b f^2,   a = r / (1 - r^2),  b = r a / 2,
+        log p(v, f) / (p(v) p(f)) = const + a v f - b v^2 - b f^2,  a = r / (1 - r^2), b = r a / 2,
     an inner product: <(a v, -b v^2, 1), (f, 1, -b f^2)>, summed over the linked factors. A face of
-    the other gender is impossible. Nobody can expect to do better.
+    the other gender is impossible. No method can expect to do better.
     """
     a, b = LINK / (1 - LINK**2), LINK**2 / (1 - LINK**2) / 2
     v = numbers(people, [f"voice_{name}" for name in LINKED])  # (N, 3)
@@ -759,13 +750,6 @@ def pearson(x, y):
     return torch.corrcoef(torch.stack([x.flatten(), y.flatten()]))[0, 1].item()
 
 
-def face_distances(queries, gallery, distance):
-    """Distances by embedding: (Q, D), (G, D) -> (Q, G)."""
-    if distance == "cosine":
-        return 1 - F.normalize(queries) @ F.normalize(gallery).T
-    return torch.cdist(queries, gallery, p=float(distance[1]))  # L1, L2
-
-
 def recall(distances, name):
     """QTA 3: {name/k: R@k in percent} of distances (G, G), where face i is query i's own."""
     rank = (distances <= distances.diagonal()[:, None]).sum(1)  # (G, G) -> (G,), 1 is the nearest
@@ -796,18 +780,19 @@ def drawn_scores(c, fake, real, people, seed):
         name = f"qta1/{title.split()[0]}"  # qta1/all, qta1/different, qta1/same
         scores |= {f"{name}/c": cd_c.mean().item(), f"{name}/face": cd_f.mean().item(),
                    f"{name}/r": pearson(cd_c, cd_f)}
-    for name in DISTANCES:
-        scores |= recall(face_distances(fake[:GALLERY], real[:GALLERY], name), f"retrieval/{name}")
-    return scores
+    fake, real = fake[:GALLERY], real[:GALLERY]  # (G, D), (G, D)
+    scores |= recall(torch.cdist(fake, real, p=1.0), "retrieval/L1")  # (G, G)
+    scores |= recall(torch.cdist(fake, real), "retrieval/L2")
+    return scores | recall(-F.normalize(fake) @ F.normalize(real).T, "retrieval/cosine")
 
 
 def evaluate(model, split, labels, runs, seed, machine, workers=0, baseline=None):
     """All scores on a split, in percent: {key: mean, key/std: deviation} over runs.
 
     Of encoders the K-way tests, and oracle/ where factors are known. Of a generator drawn_scores,
-    the same tests on true faces as real/, and a second generator's as baseline/.
+    the K-way tests on true faces as real/, and a second generator's as baseline/.
     """
-    runs_scores = []
+    found = {}  # {key: a score per run}; a run may lack people for a K
     for seed in range(seed + 1000, seed + 1000 * (runs + 1), 1000):
         c, real, identity = embed(model, split, seed, machine, workers)  # (N, D), (N, D), (N,)
         people = [labels.get(name, {}) for name in split.names[identity]]
@@ -824,13 +809,10 @@ def evaluate(model, split, labels, runs, seed, machine, workers=0, baseline=None
             scores["over_baseline"] = preference(c, fake, other)
             scores |= {f"baseline/{key}": score for key, score
                        in drawn_scores(c, other, real, people, seed).items()}
-        runs_scores.append(scores)
-    metrics = {}
-    for key in runs_scores[0]:
-        values = [scores[key] for scores in runs_scores if key in scores]
-        metrics[key] = round(float(np.mean(values)), 3)
-        metrics[f"{key}/std"] = round(float(np.std(values, ddof=min(1, len(values) - 1))), 3)
-    return metrics
+        for key, score in scores.items():
+            found.setdefault(key, []).append(score)
+    return {name: round(float(of), 3) for key, scores in found.items() for name, of in
+            ((key, np.mean(scores)), (f"{key}/std", np.std(scores, ddof=min(1, len(scores) - 1))))}
 
 
 def show(metrics, key, digits=1):
@@ -866,9 +848,10 @@ def match_test(args):
 
 
 def train_probe(split, targets, model, machine, workers, steps=500, batch=64):
-    """F with fresh weights, taught on true faces to read what is known of P people, targets (P, E).
+    """A function that reads from faces (N, 3, H, W) what is known of people: (N, E), on the CPU.
 
-    An instrument to look at drawn faces with, and the only thing that ever learns from a label.
+    F with fresh weights, taught on true faces of P people, targets (P, E): an instrument to look at
+    drawn faces with, and the only thing that ever learns from a label.
     """
     torch.manual_seed(0)
     probe = FaceEncoder(model.match.size, model.match.face_width)
@@ -882,7 +865,7 @@ def train_probe(split, targets, model, machine, workers, steps=500, batch=64):
         read = probe.head(probe.features(faces))  # (B, 3, H, W) -> (B, E)
         loss = F.mse_loss(read, targets[identity].to(machine.device))
         descend(optimizer, loss, warm_cosine(step, steps))
-    return probe.eval()
+    return lambda faces: probe.head(probe.features(faces.to(machine.device))).detach().cpu()
 
 
 def variance_shares(read):
@@ -906,13 +889,11 @@ def control_scores(model, corpus, labels, machine, workers, voices=48, noises=16
     targets = (known - known.mean(0)) / known.std(0)  # (P, E)
     probe = train_probe(corpus["train"], targets, model, machine, workers)
     speech, faces, names = sample_batch(corpus["test"], model.match, 400, 0, machine)
-    people = [labels[name] for name in names]
+    people, seen = [labels[name] for name in names], probe(faces)  # (N, E)
     z = torch.randn(noises, EMBED, generator=torch.Generator().manual_seed(0))  # (Z, D)
     with torch.no_grad():
-        seen = probe.head(probe.features(faces)).cpu()  # (N, E)
         c = model.speech_encoder(speech[:voices]).cpu()  # (V, D)
-        drawn = [generate_faces(model, one, z).to(machine.device) for one in c]  # V of (Z, 3, H, W)
-        read = torch.stack([probe.head(probe.features(faces)).cpu() for faces in drawn])  # (V, Z, E)
+    read = torch.stack([probe(generate_faces(model, one, z)) for one in c])  # (V, Z, E)
     metrics, shares = {}, variance_shares(read)
     for e, name in enumerate(FACTORS):
         metrics |= {f"control/{name}/{of}": 100 * share[e].item() for of, share in shares.items()}
@@ -953,7 +934,8 @@ def plot_grid(path, rows, names, heads, side=128, line=24):
 
 def plot_scatter(path, panels, across, up, side=300, margin=40):
     """Panels {title: (x, y)} side by side, (n,) each; axes from 0 to the largest value of all."""
-    font, limit = ImageFont.load_default(13), max(v.max().item() for xy in panels.values() for v in xy)
+    font = ImageFont.load_default(13)
+    limit = max(v.max().item() for xy in panels.values() for v in xy)
     picture = Image.new("RGB", ((margin + side) * len(panels) + margin, side + 2 * margin), "white")
     draw = ImageDraw.Draw(picture)
     for i, (title, (xs, ys)) in enumerate(panels.items()):
@@ -967,7 +949,7 @@ def plot_scatter(path, panels, across, up, side=300, margin=40):
 
 
 def sample_batch(split, cfg, count, seed, machine):
-    """A pair each of `count` people, spread over a split: speech (N, T), faces (N, 3, H, W), names."""
+    """A pair each of `count` people of a split: speech (N, T), faces (N, 3, H, W), names."""
     pairs = PairDataset(thin(split, count), cfg, count, seed)
     speech, faces, identity, _ = next(load_batches(pairs, [0], 0, machine.device))
     return speech, faces, pairs.split.names[identity]
@@ -993,7 +975,7 @@ def plot_report(model, split, labels, out, seed, machine, rows=4, columns=7, top
     fake = embed_fakes(model, c, seed)  # (N, D)
     z = torch.randn(c.shape, generator=torch.Generator().manual_seed(seed))  # (N, D), that of fake
     t = torch.linspace(0, 1, columns)[:, None]  # (columns, 1), shares of the way
-    nearest = face_distances(fake, real, "cosine").topk(min(top, len(c)), largest=False).indices
+    nearest = (F.normalize(fake) @ F.normalize(real).T).topk(min(top, len(c))).indices  # (N, top)
     shown = np.linspace(0, len(c) - 1, rows + 1, dtype=int)  # some of the voices
     between_voices, between_z, retrieval = [], [], []
     for a, b in zip(shown, shown[1:]):
@@ -1015,7 +997,8 @@ def plot_report(model, split, labels, out, seed, machine, rows=4, columns=7, top
 SECTIONS = (  # of the report: title, pictures, how the keys of metrics.json in it start
     ("Tables 1 and 2: matching in percent, of drawn faces, true ones (real/), by an oracle", "",
      ("v-f", "f-v", "real/", "oracle/v-f", "oracle/f-v")),
-    ("QTA 2: how often (%) F prefers a drawn face", "", ("preferred", "over", "baseline/preferred")),
+    ("QTA 2: how often (%) F prefers a drawn face", "",
+     ("preferred", "over_baseline", "baseline/preferred")),
     ("Figures 2 to 4: voices by z, between two voices, between two z",
      "grid between_voices between_z", ()),
     ("QTA 1, Figure 5: do like voices get like faces?", "distances", ("qta1",)),
@@ -1039,9 +1022,9 @@ def gan_test(args):
         metrics |= control_scores(model, corpus, labels, machine, args.workers)
     write_json(out / "metrics.json", metrics)
     plot_report(model, corpus["test"], labels, out, args.seed, machine)
-    page = (f"# {args.gan}, people of {args.data}/test\n\n--loss {model.gan.loss}, {model.gan.steps} "
-            f"steps; baseline: {args.baseline or 'none'}. Mean ± deviation of {args.runs} runs. The "
-            "paper's numbers are of AVSpeech or VoxCeleb, and not comparable.\n")
+    page = (f"# {args.gan}, people of {args.data}/test\n\n--loss {model.gan.loss}, "
+            f"{model.gan.steps} steps; baseline: {args.baseline or 'none'}. Mean ± deviation of "
+            f"{args.runs} runs. The paper's numbers are of AVSpeech or VoxCeleb, not comparable.\n")
     for title, pictures, starts in SECTIONS:
         keys = [key for key in metrics if key.startswith(starts) and not key.endswith("/std")]
         page += f"\n## {title}\n\n" + "".join(f"![{p}]({p}.png)\n\n" for p in pictures.split())
@@ -1073,8 +1056,10 @@ def generate(args, recordings):
     out = make_folder(Path(args.out).parent if to_picture else args.out)
     if to_picture:
         plot_grid(args.out, rows, recordings, [f"z {k + 1}" for k in range(args.n)])
-    for (i, path), k in itertools.product(enumerate(recordings), () if to_picture else range(args.n)):
-        to_image(rows[i][k]).save(out / f"{i + 1:04}_{Path(path).stem}_z{k + 1}.png")
+    else:
+        for i, k in itertools.product(range(len(rows)), range(args.n)):
+            name = f"{i + 1:04}_{Path(recordings[i]).stem}_z{k + 1}.png"
+            to_image(rows[i][k]).save(out / name)
     print(f"{args.out}: {args.n} faces for each of {len(rows)} recordings")
 
 
@@ -1202,7 +1187,7 @@ def read_speech(path, choose=lambda length, rate: (0, length)):
 
 
 def load_speech(path, seconds, rng, moment=None):
-    """A window of a recording, float32 (T,), T = 16000 seconds, beside `moment` (s) if there is one.
+    """A window of a recording, float32 (T,), T = 16000 seconds, beside `moment` (s) if given.
 
     Shorter speech is repeated, longer cut at a random place [paper §4]. Raises as read_speech does.
     """
@@ -1535,14 +1520,14 @@ def make_data(args, data):
 class Machine:
     """What a command computes on; device, processes and precision are decided here alone.
 
-    Under torchrun each process has its own GPU, batches and negatives; gradients are averaged, so
-    weights stay equal, and the first process tests and writes. On a GPU that has bfloat16 layers
-    compute in it [ours]; weights and R1 stay float32.
+    Under torchrun each process has its own GPU, batches and negatives; gradients are averaged, and
+    the first one tests and writes. On a GPU that has bfloat16 layers compute in it [ours]; weights
+    and R1 stay float32.
     """
 
     def __init__(self, name):
         self.rank, self.count = (int(os.environ.get(*x)) for x in (("RANK", 0), ("WORLD_SIZE", 1)))
-        self.is_first = self.rank == 0
+        self.is_first, native = self.rank == 0, False
         name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
         try:
@@ -1550,7 +1535,6 @@ class Machine:
         except (RuntimeError, AssertionError) as e:
             reason = str(e).splitlines()[0]
             raise UserError(f"--device {name}: not here, use cpu or auto ({reason})") from e
-        native = False
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
             torch.backends.cudnn.benchmark = True  # batches have one shape: try all algorithms
@@ -1617,11 +1601,8 @@ class Log:
 
 
 def make_folder(path):
-    """The folder `path`, created; raises UserError where that fails."""
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"folder {path}: cannot be created ({e.strerror})") from e
+    """The folder `path`, created."""
+    Path(path).mkdir(parents=True, exist_ok=True)
     return Path(path)
 
 
@@ -1635,10 +1616,10 @@ def save_checkpoint(path, parts, cfg, **more):
 
     Raises UserError where weights are no longer numbers, or the disk is full.
     """
-    weights = [p for part in parts.values() if isinstance(part, nn.Module) for p in part.parameters()]
-    if not all(p.isfinite().all() for p in weights):
-        raise UserError(f"step {more['step']}: weights are NaN, the run diverged; try a lower --lr; "
-                        f"{path}, if there, is from before")
+    for part in parts.values():
+        if isinstance(part, nn.Module) and not all(p.isfinite().all() for p in part.parameters()):
+            raise UserError(f"step {more['step']}: weights are NaN, the run diverged; try a lower "
+                            f"--lr; {path}, if there, is from before")
     state = {name: part.state_dict() for name, part in parts.items()}
     state |= more | dict(kind=type(cfg).__name__, settings=asdict(cfg))
     try:
@@ -1692,7 +1673,7 @@ def open_run(cfg):
 
 
 def load_model(path, kind, machine):
-    """The Model, ready to test, of a training with settings of this kind; UserError where none is."""
+    """The Model of a training with settings of this kind; raises UserError where there is none."""
     state = load_checkpoint(path, kind, machine.device)
     cfg, gan, g_ema = kind(**state["settings"]), None, None
     if kind is GanSettings:
