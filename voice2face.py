@@ -1693,16 +1693,6 @@ def flag(name):
     return "-n" if name == "n" else f"--{name.replace('_', '-')}"
 
 
-def at_least(low, kind):
-    """An argparse type: a number from `low` on."""
-    def number(text):
-        if not (value := kind(text)) >= low:  # false for NaN, too
-            raise argparse.ArgumentTypeError(f"must be at least {low}, got {text}")
-        return value
-
-    return number
-
-
 def make_parser():
     """The command line: {function: (what it takes, its settings)}, a subcommand each."""
     parser = argparse.ArgumentParser(prog="voice2face.py", description=__doc__,
@@ -1732,14 +1722,14 @@ def make_parser():
         if what:
             sub.add_argument("inputs", metavar=what, nargs="+" if what == "SPEECH" else None)
         for key, f in settings.items():
-            low, choices, kind = f.metadata["low"], f.metadata["choices"], type(f.default)
-            how = dict(type=kind if low is None else at_least(low, kind), choices=choices)
             paper = f", paper: {PAPER[name][key]}" if key in PAPER.get(name, ()) else ""
             text = f"{f.metadata['help']} (default: {f.default}{paper})".replace("%", "%%")
-            sub.add_argument(flag(key), help=text, default=f.default if function not in TRAININGS
-                             else argparse.SUPPRESS,
-                             **dict(action="store_true") if kind is bool else how)
-        sub.set_defaults(run=function)
+            how = dict(type=type(f.default), choices=f.metadata["choices"])
+            if type(f.default) is bool:
+                how = dict(action="store_true")
+            default = argparse.SUPPRESS if function in TRAININGS else f.default
+            sub.add_argument(flag(key), default=default, help=text, **how)
+        sub.set_defaults(run=function, flags=settings)
     return parser
 
 
@@ -1747,8 +1737,14 @@ TRAININGS = {match_train: MatchSettings, gan_train: GanSettings}
 
 
 def make_settings(args):
-    """The settings of a training, the preset's where no flag was given; raises UserError."""
-    given = {name: x for name, x in vars(args).items() if name not in ("run", "command")}
+    """args, for a training its settings, the preset's where no flag is given; UserError if wrong."""
+    given = {name: x for name, x in vars(args).items() if name in args.flags}
+    for name, value in given.items():
+        low = args.flags[name].metadata["low"]
+        if low is not None and not value >= low:  # true for NaN, too
+            raise UserError(f"{flag(name)} {value}: must be at least {low}")
+    if args.run not in TRAININGS:
+        return args
     preset = PAPER[args.command] if given.get("preset") == "paper" else {}
     cfg = TRAININGS[args.run](**preset | given)
     if isinstance(cfg, MatchSettings):
@@ -1766,7 +1762,7 @@ def main(argv=None):
     if int(os.environ.get("RANK", 0)):
         sys.stdout = open(os.devnull, "w")  # the first process speaks
     try:
-        cfg = make_settings(args) if args.run in TRAININGS else args
+        cfg = make_settings(args)
         inputs = [args.inputs] if "inputs" in args else []  # recordings or DIR
         return int(args.run(cfg, *inputs) or 0)
     except UserError as e:
