@@ -13,12 +13,8 @@ The idea   A speech encoder S reads the raw waveform, a face encoder F reads a p
            c = S(s), what the voice tells, and z, noise for all that it does not tell. Its opponent
            D starts from F: it knows from the first step which face fits which voice.
 
-Map        1. Inference, paper §3.1    SincConv, S, F, the candidates of Eq. 1
-           2. Generation, §3.2         AdaIN, G, D, Eq. 2 to 6, R1
-           3. Training, §3 and §4      the settings, match_train, gan_train: the method ends here
-           4. Evaluation, §4           K-way matching and its ceiling, QTA 1 to 3, what c and z do
-           5. Figures, report, faces for any recording      6. Data: folders of real clips
-           7. Synthetic people: it runs without data        8. Plumbing        9. Command line
+Map        1 Inference, 2 Generation, 3 Training: the method. 4 Evaluation, 5 Figures, 6 Data,
+           7 Synthetic people, 8 Plumbing, 9 Command line serve it.
 
 Glossary   paper  here          shape         meaning
            s      speech        (B, T)        waveforms, 16 kHz, in [-1, 1]
@@ -30,9 +26,9 @@ Glossary   paper  here          shape         meaning
            psi    psi           (B,)          how real D finds a face, whatever the voice
            K      k                           candidates: 1 positive and K - 1 negatives
            V-F    "v-f"                       pick a face for a voice; F-V is the reverse
-           One letter per dimension: B clips, K candidates, T samples, L frames, C channels, N taps
-           of a filter, H W pixels, D = 128 embedding; from section 4 on N clips of a test, P
-           people, V voices, Z noises, E numbers of a face. In code F is torch.nn.functional.
+           One letter per dimension: B clips, K candidates, T samples, L frames, C channels, M taps
+           of a filter, H W pixels, D = 128 embedding, N clips of a test, G a gallery, P people, V
+           voices, Z noises, E numbers of a face. In code F is torch.nn.functional.
 
 Sources    [paper §x]; [PASE] Pascual et al. 2019; [SincNet] Ravanelli and Bengio 2018; [SNGAN]
            Miyato and Koyama 2018; [StyleGAN], [StyleGAN2] Karras et al. 2019, 2020; [R1] Mescheder
@@ -42,11 +38,10 @@ Sources    [paper §x]; [PASE] Pascual et al. 2019; [SincNet] Ravanelli and Beng
            - a clip's negatives come from its own batch, which encodes each clip once;
            - the waveform's loudness is divided out, being the microphone's (SpeechEncoder);
            - the face encoder has no spectral norm, and a 1x1 layer in every shortcut (DBlock);
-           - psi reads what phi's head reads; AdaIN's style is [z, c] (Discriminator, AdaIN);
+           - psi reads what phi's head reads, <c, phi> counts a fifth (Discriminator);
+           - AdaIN's style is [z, c], in which c has length 1 (AdaIN, Generator);
            - of our text of the paper only Eq. 2 is whole; how we read Eq. 5: relid_loss;
            - the preset `small` hears 1.5 s and sees 64x64 pixels through narrower layers.
-
-Commands   match-train, match-test, gan-train, gan-test, generate, make-data, check-data: --help
 """
 
 import argparse
@@ -81,7 +76,7 @@ EMBED = 128  # D [paper §3.2]
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend: one line on stderr and exit code 2."""
+    """What the user can mend, raised wherever input is of no use: one line, exit code 2."""
 
 
 # ==== 1. Inference: two encoders and the K-way loss   [paper §3.1] ================================
@@ -93,7 +88,7 @@ MIN_HZ = 50  # the least cut-off and the least band of a sinc filter [SincNet]
 
 
 def pad_same(x, kernel_size):
-    """(..., H, T) -> (..., H, T + N - 1): reflected ends; stride s leaves ceil(T / s) [PASE]."""
+    """(..., 1, T) -> (..., 1, T + M - 1): reflected ends; stride s leaves ceil(T / s) [PASE]."""
     return F.pad(x, ((kernel_size - 1) // 2, kernel_size // 2, 0, 0), mode="reflect")
 
 
@@ -117,25 +112,25 @@ class SincConv(nn.Module):
         self.low_hz = nn.Parameter(hz[:-1, None])  # (C, 1)
         self.band_hz = nn.Parameter(hz.diff()[:, None])  # (C, 1)
         t = (torch.arange(kernel_size) - kernel_size // 2) / RATE  # s
-        self.register_buffer("t", t, persistent=False)  # (N,)
-        self.register_buffer("window", torch.hamming_window(kernel_size, periodic=False))  # (N,)
+        self.register_buffer("t", t, persistent=False)  # (M,)
+        self.register_buffer("window", torch.hamming_window(kernel_size, periodic=False))  # (M,)
 
     def filters(self):
-        """The impulse responses (C, N)."""
+        """The impulse responses (C, M)."""
         low = (MIN_HZ + self.low_hz.abs()).clamp(max=RATE / 2 - MIN_HZ)  # (C, 1); open band [ours]
         high = (low + MIN_HZ + self.band_hz.abs()).clamp(max=RATE / 2)  # (C, 1)
         g = 2 * high * torch.sinc(2 * high * self.t) - 2 * low * torch.sinc(2 * low * self.t)
-        return g * self.window / (2 * (high - low))  # (C, N); torch.sinc(0) is 1, without 0/0
+        return g * self.window / (2 * (high - low))  # (C, M); torch.sinc(0) is 1, without 0/0
 
     def forward(self, x):
-        x = pad_same(x[:, None], self.kernel_size)  # (B, T) -> (B, 1, T + N - 1)
+        x = pad_same(x[:, None], self.kernel_size)  # (B, T) -> (B, 1, T + M - 1)
         return F.conv1d(x, self.filters()[:, None], stride=self.stride)  # -> (B, C, L)
 
 
 def scale_normalize(x, scale):
     """Embeddings (B, D) of one length: inner products become scale^2 cos [ours].
 
-    With free lengths the loss of Eq. 1 starts at log K with hardly a gradient.
+    With free lengths Eq. 1 has hardly a gradient at first: a plateau at the loss log K.
     """
     return scale * F.normalize(x.float(), dim=1)  # float: a GPU's layers may answer in bfloat16
 
@@ -161,7 +156,7 @@ class SpeechEncoder(nn.Module):
 
     def features(self, x):
         """(B, T) -> (B, C), what the head reads; L = ceil(T / (160 sinc_stride)) in between."""
-        x = x / (x.std(1, keepdim=True) + SILENCE)  # the loudness is the microphone's [ours]
+        x = x / (x.std(1, keepdim=True) + SILENCE)  # loudness is the microphone's [ours]; not 0/0
         x = self.convs[0](x)[:, :, None]  # (B, T) -> (B, C, 1, T / stride)
         x = self.acts[0](self.norms[0](x))
         for conv, norm, act in zip(self.convs[1:], self.norms[1:], self.acts[1:]):
@@ -178,7 +173,7 @@ class DBlock(nn.Module):
 
     def __init__(self, channels, out, first=False, down=True):
         super().__init__()
-        self.first, self.down, hidden = first, down, out if first else channels
+        self.first, self.down, hidden = first, down, out if first else channels  # [SNGAN]
         self.conv1 = nn.Conv2d(channels, hidden, 3, padding=1)
         self.conv2 = nn.Conv2d(hidden, out, 3, padding=1)
         self.skip = nn.Conv2d(channels, out, 1)
@@ -234,7 +229,7 @@ def count_doublings(size):
 
 @torch.no_grad()
 def centre_head(encoder, x):
-    """Set the head so that its outputs for a batch have mean 0 and deviation 1 throughout [ours].
+    """Set the head so that each of its D outputs has mean 0 and deviation 1 over a batch [ours].
 
     A fresh network sends all inputs in nearly one direction, so Eq. 1 would see K equal candidates.
     """
@@ -248,14 +243,14 @@ def sample_candidates(rows, k, generator):
     """Columns (rows, K) of each row's candidates: itself, then K - 1 different other rows.
 
     Rows are clips of different identities, so that negatives are, too [paper §4]. All rows share
-    K - 1 random distances to their negatives: every other row is equally likely, each is a negative
-    equally often [ours]. Raises UserError where there are fewer than K rows.
+    K - 1 random shifts to their negatives, around the end: every other row is equally likely, and
+    each is a negative equally often [ours].
     """
     if rows < k:
         raise UserError(f"K = {k} needs {k} identities at once, only {rows} could be read")
-    distances = torch.randperm(rows - 1, generator=generator)[:k - 1] + 1  # (K-1,) of 1 ... rows-1
-    distances = torch.cat([torch.zeros(1, dtype=torch.long), distances])  # (K,)
-    return (torch.arange(rows)[:, None] + distances) % rows  # (rows, 1) + (K,) -> (rows, K)
+    shifts = torch.randperm(rows - 1, generator=generator)[:k - 1] + 1  # (K-1,) of 1 ... rows-1
+    shifts = torch.cat([torch.zeros(1, dtype=torch.long), shifts])  # (K,)
+    return (torch.arange(rows)[:, None] + shifts) % rows  # (rows, 1) + (K,) -> (rows, K)
 
 
 def match_logits(speech, faces, candidates, direction):
@@ -318,7 +313,7 @@ class GBlock(nn.Module):
 
 
 def double(x):
-    """(B, C, H, W) -> (B, C, 2H, 2W); in bfloat16, too, which autocast would end here."""
+    """(B, C, H, W) -> (B, C, 2H, 2W); autocast would answer in float32."""
     return F.interpolate(x, scale_factor=2, mode="bilinear").to(x.dtype)
 
 
@@ -326,8 +321,8 @@ class Generator(nn.Module):
     """G: z (B, D) and c (B, D) -> faces (B, 3, H, W) in [-1, 1].
 
     A linear map of [z, c] to 4x4 places, blocks that double the side, tanh [SNGAN]; AdaIN in each
-    layer [paper §3.2]. In [SNGAN] width is 64, size 128. c is read with the length c_scale [ours].
-    Raises ValueError unless size is a power of two from 8 on.
+    layer [paper §3.2]. In [SNGAN] width is 64, size 128. c is read with the length c_scale, for it
+    varies in few directions, z in 128 with variance 1 each [ours].
     """
 
     def __init__(self, size=128, width=64, c_scale=1.0):
@@ -355,8 +350,9 @@ class Discriminator(nn.Module):
     """faces (B, 3, H, W) -> phi (B, D) and psi (B,), of which Eq. 2 makes g(f, c).
 
     phi starts as the trained F and goes on training [paper §3.2]. It comes out times `weight`, 1 in
-    the paper. psi is linear in what phi's head reads, in the paper in phi(f): from an embedding of
-    fixed length only silhouettes were learned [ours]. Losses take differences: no bias.
+    the paper: there who-fits-whom alone nearly satisfies the loss, and psi learns late what a face
+    looks like [ours]. psi is linear in what phi's head reads, in the paper in phi(f): from an
+    embedding of one length only silhouettes were learned [ours]. Losses take differences: no bias.
     """
 
     def __init__(self, face_encoder, weight=1.0):
@@ -392,9 +388,9 @@ def rel_loss(g_real, g_fake):
 def relid_loss(g_real, g_fake, match, mismatch):
     """-E log A(g(real, c+) - g(fake, c+) + <c+, phi(real)> - <c-, phi(real)>): Eq. 5 in Eq. 6.
 
-    All (B,). match = <c+, phi(real)> and mismatch = <c-, phi(real)> keep D asking who fits whom,
-    which phi would forget [paper §3.2]. Our reading: one sigmoid around all terms, as in Eq. 4; for
-    G the fake takes the real face's place in all of them.
+    All (B,). match = <c+, phi(real)>, which g(real, c+) holds once already, and mismatch =
+    <c-, phi(real)> keep D asking who fits whom, which phi would forget [paper §3.2]. Our reading:
+    one sigmoid around all terms, as in Eq. 4; for G the fake takes the real face's place in all.
     """
     return F.softplus(-(g_real - g_fake + match - mismatch)).mean()
 
@@ -435,7 +431,7 @@ class RunSettings:
 
     data: str = setting(SYNTHETIC, "corpus folder; this default is made when missing")
     preset: str = setting("small", "for two CPU cores, or as the paper", choices=("small", "paper"))
-    seed: int = setting(0, "seed of weights, batches, negatives and z", low=0)
+    seed: int = setting(0, "seed of all that is random", low=0)
     device: str = setting("auto", "cpu, cuda, cuda:1, ...; auto is cuda where there is one")
     workers: int = setting(1, "loader processes; 0 loads in this process", low=0)
     runs: int = setting(5, "runs of a test, with fresh negatives [paper §4]", low=1)
@@ -474,7 +470,7 @@ class GanSettings(RunSettings):
     steps: int = setting(5000, "training steps, each one of D and one of G [ours]", low=1)
     batch: int = setting(8, "real faces per step and process [ours]", low=2)
     width: int = setting(16, "G's last channels, unit of widths [ours]; 64 in [SNGAN]", low=1)
-    weight: float = setting(1.0, "of <c, phi(f)> beside psi(f) [paper §3.2]", low=0)
+    weight: float = setting(0.2, "of <c, phi(f)> beside psi(f) [ours]; 1 in [paper §3.2]", low=0)
     c_scale: float = setting(1.0, "length of c as G reads it [ours]", low=1e-6)
     lr: float = setting(2e-3, "learning rate of G's Adam [ours]", low=0)
     d_lr: float = setting(1e-3, "learning rate of D's Adam [ours]", low=0)
@@ -518,7 +514,7 @@ def late_fall(step, steps):
 def descend(optimizer, loss, share, max_norm=math.inf):
     """One step down the loss at a share of the peak rates, those the optimizer was made with."""
     for group in optimizer.param_groups:
-        group["lr"] = share * group.setdefault("peak", group["lr"])
+        group["lr"] = share * group.setdefault("peak", group["lr"])  # saved with its state
     optimizer.zero_grad()
     loss.backward()
     if max_norm < math.inf:
@@ -535,9 +531,9 @@ def match_train(cfg):
     torch.manual_seed(cfg.seed)
     speech_encoder, face_encoder = make_encoders(cfg, machine.device)
     low_hz, band_hz, *weights = (*speech_encoder.parameters(), *face_encoder.parameters())
-    optimizer = torch.optim.SGD(  # [paper §4]
-        [dict(params=weights, weight_decay=WEIGHT_DECAY),
-         dict(params=[low_hz, band_hz], lr=cfg.lr * SINC_LR)], cfg.lr, MOMENTUM)
+    groups = [dict(params=weights, weight_decay=WEIGHT_DECAY),
+              dict(params=[low_hz, band_hz], lr=cfg.lr * SINC_LR)]  # the sinc layer's
+    optimizer = torch.optim.SGD(groups, cfg.lr, MOMENTUM)  # [paper §4]
     pairs = PairDataset(corpus["train"], cfg, cfg.batch, cfg.seed, shuffle=True)
     if not saved["step"]:
         speech, faces, *_ = next(load_batches(pairs, [0], 0, machine.device))
@@ -573,9 +569,10 @@ def match_train(cfg):
 def gan_train(cfg):
     """Train G and D [paper §3.2]; g_ema, the running average of G, is what is kept and tested."""
     machine = Machine(cfg.device)
-    match, speech_encoder, face_encoder, *_ = load_model(cfg.match, MatchSettings, machine)
     corpus = open_corpus(cfg.data, dict(train=cfg.batch, val=2, test=2), machine)
     saved, out = open_run(cfg), Path(cfg.out)
+    trained = (out / "last.pt", GanSettings) if saved["step"] else (cfg.match, MatchSettings)
+    match, speech_encoder, face_encoder, *_ = load_model(*trained, machine)
     torch.manual_seed(cfg.seed)
     generator = make_generator(match, cfg, machine.device)
     discriminator = Discriminator(face_encoder, cfg.weight).to(machine.device)
@@ -612,7 +609,7 @@ def gan_train(cfg):
             penalty = cfg.gamma / 2 * R1_EVERY * r1_penalty(train_d, real, c_pos)
         descend(d_optimizer, loss_d + penalty, late_fall(step, cfg.steps))
 
-        discriminator.requires_grad_(False)  # G's step trains G alone
+        discriminator.requires_grad_(False)  # G's step trains G alone; D has moved: asked anew
         with machine.autocast:
             (phi_fake, psi_fake), (phi_real, psi_real) = discriminator(fake), discriminator(real)
         g_real, g_fake = logit(c_pos, phi_real, psi_real), logit(c_pos, phi_fake, psi_fake)  # (B,)
@@ -660,8 +657,7 @@ def embed(model, split, seed, machine, workers=0):
     speech_encoder, face_encoder = model.speech_encoder.eval(), model.face_encoder.eval()
     batches = load_batches(pairs, range(len(pairs)), workers, machine.device)
     for speech, faces, identity, _ in batches:
-        with machine.autocast:
-            se, fe = speech_encoder(speech), face_encoder(faces)  # (B, D), (B, D)
+        se, fe = speech_encoder(speech), face_encoder(faces)  # (B, D), (B, D)
         rows.append((se.cpu(), fe.cpu(), identity))
     return [torch.cat(column) for column in zip(*rows)]
 
@@ -742,7 +738,7 @@ def distance_panels(c, fake, people, seed):
     if all(genders):
         panels |= {"different gender": (cd_c[~alike], cd_f[~alike]),
                    "same gender": (cd_c[alike], cd_f[alike])}
-    return panels
+    return {title: panel for title, panel in panels.items() if len(panel[0]) > 2}
 
 
 def pearson(x, y):
@@ -757,20 +753,21 @@ def recall(distances, name):
 
 
 @torch.no_grad()
+def apply(network, *inputs):
+    """network(*inputs), (N, ...), on the CPU, 32 rows at a time on the network's device."""
+    device, chunks = next(network.parameters()).device, zip(*(x.split(32) for x in inputs))
+    return torch.cat([network(*(x.to(device) for x in chunk)).cpu() for chunk in chunks])
+
+
 def generate_faces(model, c, z):
     """G(z, c), (N, 3, H, W), on the CPU, of z and c, (N, D) each or one of them (D,) for all."""
-    device = next(model.g_ema.parameters()).device
-    chunks = zip(*(x.split(64) for x in torch.broadcast_tensors(z, c)))  # (64, D), (64, D)
-    return torch.cat([model.g_ema(z.to(device), c.to(device)).cpu() for z, c in chunks])
+    return apply(model.g_ema, *torch.broadcast_tensors(z, c))
 
 
-@torch.no_grad()
 def embed_fakes(model, c, seed):
     """F(G(z, c)), (N, D), of N conditions (N, D), on the CPU; z is new for each."""
     z = torch.randn(c.shape, generator=torch.Generator().manual_seed(seed))  # (N, D)
-    device = next(model.face_encoder.parameters()).device
-    faces = generate_faces(model, c, z).split(64)  # (N, 3, H, W)
-    return torch.cat([model.face_encoder(f.to(device)).cpu() for f in faces])
+    return apply(model.face_encoder, generate_faces(model, c, z))
 
 
 def drawn_scores(c, fake, real, people, seed):
@@ -794,7 +791,10 @@ def evaluate(model, split, labels, runs, seed, machine, workers=0, baseline=None
     """
     found = {}  # {key: a score per run}; a run may lack people for a K
     for seed in range(seed + 1000, seed + 1000 * (runs + 1), 1000):
-        c, real, identity = embed(model, split, seed, machine, workers)  # (N, D), (N, D), (N,)
+        with machine.autocast:
+            c, real, identity = embed(model, split, seed, machine, workers)  # (N, D), (N, D), (N,)
+            fake, other = (embed_fakes(m, c, seed) if m and m.g_ema else None
+                           for m in (model, baseline))  # (N, D), with the same z
         people = [labels.get(name, {}) for name in split.names[identity]]
         scores = matching_scores(c, real, people, seed, "real/" if model.g_ema else "")
         if all("voice_age" in row for row in people):
@@ -802,13 +802,11 @@ def evaluate(model, split, labels, runs, seed, machine, workers=0, baseline=None
             scores |= matching_scores(voices, faces, people, seed, "oracle/")
             scores |= recall(-voices[:GALLERY] @ faces[:GALLERY].T, "oracle/retrieval")
         if model.g_ema:
-            fake = embed_fakes(model, c, seed)  # (N, D)
             scores |= drawn_scores(c, fake, real, people, seed)
         if baseline:
-            other = embed_fakes(baseline, c, seed)  # (N, D), with the same z
             scores["over_baseline"] = preference(c, fake, other)
-            scores |= {f"baseline/{key}": score for key, score
-                       in drawn_scores(c, other, real, people, seed).items()}
+            theirs = drawn_scores(c, other, real, people, seed)
+            scores |= {f"baseline/{key}": score for key, score in theirs.items()}
         for key, score in scores.items():
             found.setdefault(key, []).append(score)
     return {name: round(float(of), 3) for key, scores in found.items() for name, of in
@@ -848,7 +846,7 @@ def match_test(args):
 
 
 def train_probe(split, targets, model, machine, workers, steps=500, batch=64):
-    """A function that reads from faces (N, 3, H, W) what is known of people: (N, E), on the CPU.
+    """A network that reads from faces (N, 3, H, W) what is known of people: (N, E).
 
     F with fresh weights, taught on true faces of P people, targets (P, E): an instrument to look at
     drawn faces with, and the only thing that ever learns from a label.
@@ -865,7 +863,8 @@ def train_probe(split, targets, model, machine, workers, steps=500, batch=64):
         read = probe.head(probe.features(faces))  # (B, 3, H, W) -> (B, E)
         loss = F.mse_loss(read, targets[identity].to(machine.device))
         descend(optimizer, loss, warm_cosine(step, steps))
-    return lambda faces: probe.head(probe.features(faces.to(machine.device))).detach().cpu()
+    probe.forward = lambda faces: probe.head(probe.features(faces))
+    return probe
 
 
 def variance_shares(read):
@@ -889,11 +888,10 @@ def control_scores(model, corpus, labels, machine, workers, voices=48, noises=16
     targets = (known - known.mean(0)) / known.std(0)  # (P, E)
     probe = train_probe(corpus["train"], targets, model, machine, workers)
     speech, faces, names = sample_batch(corpus["test"], model.match, 400, 0, machine)
-    people, seen = [labels[name] for name in names], probe(faces)  # (N, E)
+    people, seen = [labels[name] for name in names], apply(probe, faces)  # (N, E)
     z = torch.randn(noises, EMBED, generator=torch.Generator().manual_seed(0))  # (Z, D)
-    with torch.no_grad():
-        c = model.speech_encoder(speech[:voices]).cpu()  # (V, D)
-    read = torch.stack([probe(generate_faces(model, one, z)) for one in c])  # (V, Z, E)
+    c = apply(model.speech_encoder, speech[:voices])  # (V, D)
+    read = torch.stack([apply(probe, generate_faces(model, one, z)) for one in c])  # (V, Z, E)
     metrics, shares = {}, variance_shares(read)
     for e, name in enumerate(FACTORS):
         metrics |= {f"control/{name}/{of}": 100 * share[e].item() for of, share in shares.items()}
@@ -955,23 +953,21 @@ def sample_batch(split, cfg, count, seed, machine):
     return speech, faces, pairs.split.names[identity]
 
 
-@torch.no_grad()
 def plot_samples(model, split, path, machine, rows=6, columns=7):
     """Figure 2: a voice per row, a z per column, the same at every call; first the true face."""
     speech, faces, names = sample_batch(split, model.match, rows, 0, machine)
-    c, faces = model.speech_encoder(speech).cpu(), faces.cpu()  # (rows, D), (rows, 3, H, W)
+    c, faces = apply(model.speech_encoder, speech), faces.cpu()  # (rows, D), (rows, 3, H, W)
     z = torch.randn(columns, EMBED, generator=torch.Generator().manual_seed(0))
     grid = [torch.cat([faces[i:i + 1], generate_faces(model, c[i], z)]) for i in range(len(c))]
     plot_grid(path, grid, names, ["true face", *(f"z {i + 1}" for i in range(columns))])
 
 
-@torch.no_grad()
 def plot_report(model, split, labels, out, seed, machine, rows=4, columns=7, top=5):
     """Figures 2 to 6 for a report: voices by z, between voices, between z, distances, retrieval."""
     plot_samples(model, split, out / "grid.png", machine)
     speech, faces, names = sample_batch(split, model.match, 500, seed, machine)
-    real, faces = model.face_encoder(faces).cpu(), faces.cpu()  # (N, D), (N, 3, H, W)
-    c = model.speech_encoder(speech).cpu()  # (N, D)
+    real, faces = apply(model.face_encoder, faces), faces.cpu()  # (N, D), (N, 3, H, W)
+    c = apply(model.speech_encoder, speech)  # (N, D)
     fake = embed_fakes(model, c, seed)  # (N, D)
     z = torch.randn(c.shape, generator=torch.Generator().manual_seed(seed))  # (N, D), that of fake
     t = torch.linspace(0, 1, columns)[:, None]  # (columns, 1), shares of the way
@@ -1011,14 +1007,18 @@ THEIRS = {"real/f-v/2": 88.47, "f-v/2": 95.14, "preferred": 76.65, "baseline/pre
 
 
 def gan_test(args):
-    """Write OUT/report.md with every figure and number of section 4, its pictures, metrics.json."""
+    """Write OUT/report.md with the figures and numbers of section 4, pictures, metrics.json."""
     machine, out, labels = Machine(args.device), make_folder(args.out), read_labels(args.data)
     model = load_model(args.gan, GanSettings, machine)
     baseline = load_model(args.baseline, GanSettings, machine) if args.baseline else None
+    if baseline and not model.face_encoder.head.weight.equal(baseline.face_encoder.head.weight):
+        raise UserError(f"--baseline {args.baseline}: has other encoders than {args.gan}")
     corpus = open_corpus(args.data, dict(train=2, test=2))
     metrics = evaluate(model, corpus["test"], labels, args.runs, args.seed, machine, args.workers,
                        baseline)
-    if labels and all(set(FACTORS) <= row.keys() for row in labels.values()):
+    known = {*FACTORS, *(f"voice_{name}" for name in LINKED)}
+    names = np.concatenate([split.names for split in corpus.values()])
+    if all(known <= labels.get(name, {}).keys() for name in names):
         metrics |= control_scores(model, corpus, labels, machine, args.workers)
     write_json(out / "metrics.json", metrics)
     plot_report(model, corpus["test"], labels, out, args.seed, machine)
@@ -1035,7 +1035,6 @@ def gan_test(args):
     print(f"{out / 'report.md'}: written")
 
 
-@torch.no_grad()
 def generate(args, recordings):
     """Draw n faces for each recording: a labelled picture, or a folder with one PNG per face."""
     machine, to_picture = Machine(args.device), args.out.lower().endswith(".png")
@@ -1043,13 +1042,10 @@ def generate(args, recordings):
     noise, rows = torch.Generator().manual_seed(args.seed), []
     z = torch.randn(args.n, EMBED, generator=noise)  # (n, D)
     for path in recordings:
-        try:
-            speech = torch.from_numpy(load_speech(path, model.match.seconds, rng))[None]  # (1, T)
-        except ValueError as e:
-            raise UserError(e) from e
+        speech = torch.from_numpy(load_speech(path, model.match.seconds, rng))[None]  # (1, T)
         if speech.abs().max() < SILENCE:
-            raise UserError(f"{path}: silent, there is no voice to draw a face for")
-        c = model.speech_encoder(speech.to(machine.device)).cpu()  # (1, D)
+            raise UserError(f"{path}: silent in the window of --seed {args.seed}, no voice to draw")
+        c = apply(model.speech_encoder, speech)  # (1, D)
         rows.append(generate_faces(model, c, z))  # (n, 3, H, W)
         if not to_picture:
             z = torch.randn(args.n, EMBED, generator=noise)  # of its own for each face
@@ -1085,8 +1081,8 @@ class Split(NamedTuple):
 def open_corpus(data, least, machine=None):
     """{split: Split} for the splits in `least`, which says how many identities each must have.
 
-    No file is opened; raises UserError where a split or identities are missing, or in two splits.
-    With `machine`, for training, the synthetic corpus is made where it is missing.
+    No recording or picture is opened. With `machine`, for training, the synthetic corpus is made
+    where it is missing.
     """
     if machine and machine.is_first and data == SYNTHETIC and not Path(data).exists():
         make_data(argparse.Namespace(identities=IDENTITIES, seed=0), data)
@@ -1102,7 +1098,7 @@ def open_corpus(data, least, machine=None):
         names = sorted(e.name for e in os.scandir(folder) if e.name[0] != "." and e.is_dir())
         if len(names) < count:
             raise UserError(f"{folder}: {len(names)} identities, at least {count} are needed: "
-                            "--batch for training, --k for validation, 2 for tests")
+                            "as many as --batch for training, 2 for tests")
         for other in corpus.values():
             for name in np.intersect1d(names, other.names)[:1]:
                 raise UserError(f"{folder / name}: is also in {other.folder}; one split only")
@@ -1135,7 +1131,7 @@ def list_files(identity):
     pictures = [name for name in files if name.lower().endswith(FACE_FILES)]
     if not recordings or not pictures:
         missing = "picture" if recordings else "recording"
-        raise ValueError(f"{identity}: no {missing} in its clip folders")
+        raise UserError(f"{identity}: no {missing} in its clip folders")
     return recordings, pictures
 
 
@@ -1147,7 +1143,8 @@ def sample_window(length, window, moment, guard, rng):
     """
     sides = [(0, length)]
     if moment is not None:
-        sides = [(0, max(0, moment - guard)), (min(length, moment + guard + 1), length)]
+        before, after = (min(length, max(0, t)) for t in (moment - guard, moment + guard + 1))
+        sides = [(0, before), (after, length)]
     fits = [max(0, stop - start - window + 1) for start, stop in sides]  # windows in each side
     if not sum(fits):
         return max(sides, key=lambda side: side[1] - side[0])
@@ -1168,7 +1165,8 @@ def read_speech(path, choose=lambda length, rate: (0, length)):
                 if f.getsampwidth() != 2:
                     raise wave.Error("not 16-bit")
                 rate, channels = f.getframerate(), f.getnchannels()
-                start, stop = choose(f.getnframes(), rate)
+                held = os.path.getsize(path) // (2 * channels)  # a stream's header knows no length
+                start, stop = choose(min(f.getnframes(), held), rate)
                 f.setpos(start)
                 x = np.frombuffer(f.readframes(stop - start), "<i2").reshape(-1, channels)
                 x = x.mean(1, dtype=np.float32) / 32768  # (T, channels) -> (T,)
@@ -1177,12 +1175,12 @@ def read_speech(path, choose=lambda length, rate: (0, length)):
             start, stop = choose(x.shape[1], rate)
             x = x[:, start:stop].mean(0).numpy()  # (channels, T) -> (T,)
     except ImportError as e:
-        raise ValueError(f"{path}: without more packages only 16-bit WAV is read: ffmpeg -i IN "
+        raise UserError(f"{path}: without more packages only 16-bit WAV is read: ffmpeg -i IN "
                          "-c:a pcm_s16le OUT.wav, or pip install torchcodec and FFmpeg") from e
     except Exception as e:  # on a damaged file a decoder raises nearly anything
-        raise ValueError(f"{path}: not a readable recording ({e})") from e
+        raise UserError(f"{path}: not a readable recording ({e})") from e
     if not len(x) or not np.isfinite(x).all():
-        raise ValueError(f"{path}: no speech in it, or none beside its face's time, or NaN")
+        raise UserError(f"{path}: no speech in it, or none beside its face's time, or NaN")
     return x, rate
 
 
@@ -1212,9 +1210,9 @@ def load_face(path, size=None):
                 image.draft("RGB", (size, size))  # decodes a large JPEG at a fraction of its size
             face = ImageOps.exif_transpose(image).convert("RGB")
     except Exception as e:  # on a damaged file a decoder raises nearly anything
-        raise ValueError(f"{path}: not a readable picture ({e})") from e
+        raise UserError(f"{path}: not a readable picture ({e})") from e
     if min(face.size) < MIN_SIDE:
-        raise ValueError(f"{path}: {face.width}x{face.height} pixels, at least {MIN_SIDE} a side")
+        raise UserError(f"{path}: {face.width}x{face.height} pixels, at least {MIN_SIDE} a side")
     return np.array(ImageOps.fit(face, (size, size), Image.Resampling.BILINEAR) if size else face)
 
 
@@ -1242,13 +1240,12 @@ class PairDataset:
         for identity in chosen:
             try:
                 rows.append((*self.load(identity, rng), identity))
-            except (ValueError, OSError) as e:
+            except (UserError, OSError) as e:
                 faults.append(str(e))
             if len(rows) == self.batch:
                 break
-        if len(faults) > max(1, len(rows)):
-            return None, None, None, faults  # too many
-        return *(torch.from_numpy(np.stack(column)) for column in zip(*rows)), faults
+        columns = zip(*rows) if rows else ([], [], [])
+        return *(torch.from_numpy(np.array(column)) for column in columns), faults
 
     def load(self, identity, rng):
         """Speech (T,) and a face (H, W, 3): a random recording, a random picture of its clip.
@@ -1281,8 +1278,10 @@ def load_batches(pairs, batches, workers, device):
     for speech, faces, identity, faults in loader:
         for fault in faults:
             print(f"warning: left out: {fault}", file=sys.stderr, flush=True)
-        if speech is None:
+        if len(faults) > 1 + len(identity):
             raise UserError(f"too many unreadable files (run check-data), as {faults[-1]}")
+        if not len(identity):
+            continue  # the last of a test
         faces = faces.to(device, non_blocking=True)  # uint8: a quarter of the way
         faces = faces.permute(0, 3, 1, 2).float() / 127.5 - 1  # (B, H, W, 3) -> (B, 3, H, W)
         yield speech.to(device, non_blocking=True), faces, identity, faults
@@ -1293,31 +1292,35 @@ def ignore_ctrl_c(worker):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+def check_file(path):
+    """Hours of speech in a recording, 0 in a picture."""
+    if path.name.lower().endswith(FACE_FILES):
+        load_face(path)
+        return 0.0
+    x, rate = read_speech(path)
+    if np.abs(x).max() < SILENCE:
+        raise UserError(f"{path}: silent from start to end")
+    return len(x) / rate / 3600
+
+
 def check_data(args, data):
     """Read every file of a corpus; print what it holds and what is wrong with it."""
     corpus, faults = open_corpus(data, dict.fromkeys(("train", "val", "test"), args.k)), []
-    read_labels(data)
     for split, (folder, names) in corpus.items():
-        pictures, hours = 0, 0.0
-        paths = itertools.chain.from_iterable(
-            [folder / name, *sorted((folder / name).glob("*/*"))] for name in names)
-        for done, path in enumerate(paths, start=1):
+        hours = []  # of every file that can be read
+        for done, name in enumerate(names, start=1):
             try:
-                if path.is_dir():
-                    list_files(path)
-                elif path.name.lower().endswith(FACE_FILES):
-                    load_face(path)
-                    pictures += 1
-                elif path.name.lower().endswith(SPEECH_FILES):
-                    x, rate = read_speech(path)
-                    hours += len(x) / rate / 3600
-                    if np.abs(x).max() < SILENCE:
-                        raise ValueError(f"{path}: silent from start to end")
-            except ValueError as e:
-                faults.append(e)
-            if done % 10_000 == 0:
-                print(f"{split}: {done} files, at {path}", flush=True)
-        print(f"{split:5}  {len(names)} identities, {hours:.2f} h of speech, {pictures} pictures")
+                files = [folder / name / file for file in sum(list_files(folder / name), [])]
+            except UserError as e:
+                files, faults = [], [*faults, e]
+            for file in files:
+                try:
+                    hours.append(check_file(file))
+                except UserError as e:
+                    faults.append(e)
+            if done % 1000 == 0:
+                print(f"{split}: {done} of {len(names)} identities", flush=True)
+        print(f"{split:5}  {len(names)} identities, {len(hours)} files, {sum(hours):.2f} h speech")
     print(*(f"fault: {fault}" for fault in faults), f"{len(faults)} faults", sep="\n")
     return bool(faults)
 
@@ -1737,7 +1740,7 @@ TRAININGS = {match_train: MatchSettings, gan_train: GanSettings}
 
 
 def make_settings(args):
-    """args, for a training its settings, the preset's where no flag is given; UserError if wrong."""
+    """args, checked; of a training its settings, the preset's where no flag is given."""
     given = {name: x for name, x in vars(args).items() if name in args.flags}
     for name, value in given.items():
         low = args.flags[name].metadata["low"]
