@@ -597,17 +597,14 @@ def gan_train(cfg):
             c_neg = c_pos[others]  # c-: (B, D)
             fake = train_g(z, c_pos)  # (B, D), (B, D) -> (B, 3, H, W)
             phi, psi = train_d(torch.cat([real, fake.detach()]))  # (2B, D), (2B,)
-
         (phi_real, phi_fake), (psi_real, psi_fake) = phi.chunk(2), psi.chunk(2)
         g_real = logit(c_pos, phi_real, psi_real)  # g(real, c+), Eq. 2 and 3: (B,)
         g_fake = logit(c_pos, phi_fake, psi_fake)  # g(fake, c+)
         match_real, mismatch_real = inner(c_pos, phi_real), inner(c_neg, phi_real)  # (B,), (B,)
         loss_d = (relid_loss(g_real, g_fake, match_real, mismatch_real)  # Eq. 5 in Eq. 6: ()
                   if cfg.loss == "relid" else rel_loss(g_real, g_fake))  # Eq. 4 in Eq. 6: ()
-        penalty = 0.0
-        if step % R1_EVERY == 0:
-            penalty = cfg.gamma / 2 * R1_EVERY * r1_penalty(train_d, real, c_pos)
-        descend(d_optimizer, loss_d + penalty, late_fall(step, cfg.steps))
+        r1 = r1_penalty(train_d, real, c_pos) if step % R1_EVERY == 0 else 0.0  # ()
+        descend(d_optimizer, loss_d + cfg.gamma / 2 * R1_EVERY * r1, late_fall(step, cfg.steps))
 
         discriminator.requires_grad_(False)  # G's step trains G alone; D has moved: asked anew
         with machine.autocast:
