@@ -1526,10 +1526,12 @@ class Machine:
     """
 
     def __init__(self, name):
-        self.rank, self.count = (int(os.environ.get(*x)) for x in (("RANK", 0), ("WORLD_SIZE", 1)))
-        self.is_first, native = self.rank == 0, False
+        self.rank, self.count, native = 0, 1, False
+        if distributed.is_torchelastic_launched():
+            self.rank, self.count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        self.is_first = self.rank == 0
         name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
+        name = f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" and self.count > 1 else name
         try:
             self.device = torch.zeros(1, device=name).device
         except (RuntimeError, AssertionError) as e:
@@ -1759,7 +1761,7 @@ def make_settings(args):
 def main(argv=None):
     """Run one command; its exit code: 0, 1 faulty corpus, 2 reported error, 130 Ctrl-C."""
     args = make_parser().parse_args(argv)
-    if int(os.environ.get("RANK", 0)):
+    if distributed.is_torchelastic_launched() and os.environ["RANK"] != "0":
         sys.stdout = open(os.devnull, "w")  # the first process speaks
     try:
         cfg = make_settings(args)
