@@ -38,7 +38,7 @@ Sources    [paper §x]; [PASE] Pascual et al. 2019; [SincNet] Ravanelli and Beng
            - a clip's negatives come from its own batch, which encodes each clip once;
            - the waveform's loudness is divided out, being the microphone's (SpeechEncoder);
            - the face encoder has no spectral norm, and a 1x1 layer in every shortcut (DBlock);
-           - psi reads what phi's head reads, <c, phi> counts a fifth (Discriminator);
+           - psi reads what phi's head reads (Discriminator);
            - AdaIN's style is [z, c], in which c has length 1 (AdaIN, Generator);
            - of our text of the paper only Eq. 2 is whole; how we read Eq. 5: relid_loss;
            - the preset `small` hears 1.5 s and sees 64x64 pixels through narrower layers.
@@ -350,9 +350,8 @@ class Discriminator(nn.Module):
     """faces (B, 3, H, W) -> phi (B, D) and psi (B,), of which Eq. 2 makes g(f, c).
 
     phi starts as the trained F and goes on training [paper §3.2]. It comes out times `weight`, 1 in
-    the paper: there who-fits-whom alone nearly satisfies the loss, and psi learns late what a face
-    looks like [ours]. psi is linear in what phi's head reads, in the paper in phi(f): from an
-    embedding of one length only silhouettes were learned [ours]. Losses take differences: no bias.
+    the paper. psi is linear in what phi's head reads, in the paper in phi(f): from an embedding of
+    one length only silhouettes were learned [ours]. Losses take differences: no bias.
     """
 
     def __init__(self, face_encoder, weight=1.0):
@@ -470,7 +469,7 @@ class GanSettings(RunSettings):
     steps: int = setting(5000, "training steps, each one of D and one of G [ours]", low=1)
     batch: int = setting(8, "real faces per step and process [ours]", low=2)
     width: int = setting(16, "G's last channels, unit of widths [ours]; 64 in [SNGAN]", low=1)
-    weight: float = setting(0.2, "of <c, phi(f)> beside psi(f) [ours]; 1 in [paper §3.2]", low=0)
+    weight: float = setting(1.0, "of <c, phi(f)> beside psi(f) [paper §3.2]", low=0)
     c_scale: float = setting(1.0, "length of c as G reads it [ours]", low=1e-6)
     lr: float = setting(2e-3, "learning rate of G's Adam [ours]", low=0)
     d_lr: float = setting(1e-3, "learning rate of D's Adam [ours]", low=0)
