@@ -854,6 +854,7 @@ def train_probe(split, targets, model, machine, workers, steps=500, batch=64):
     probe.to(machine.device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(probe.parameters(), 2e-3)
     pairs = PairDataset(split, model.match, min(batch, len(split.names)), 0, shuffle=True)
+    pairs.flip = False  # or nothing would tell to which side a head tilts
     batches = load_batches(pairs, range(steps), workers, machine.device)
     for step, (_, faces, identity, _) in enumerate(batches, start=1):
         read = probe.head(probe.features(faces))  # (B, 3, H, W) -> (B, E)
@@ -1222,7 +1223,7 @@ class PairDataset:
 
     def __init__(self, split, cfg, batch, seed, shuffle=False):
         self.split, self.seconds, self.size = split, cfg.seconds, cfg.size
-        self.batch, self.seed, self.shuffle = batch, seed, shuffle
+        self.batch, self.seed, self.shuffle, self.flip = batch, seed, shuffle, shuffle
 
     def __len__(self):
         return math.ceil(len(self.split.names) / self.batch)
@@ -1258,7 +1259,7 @@ class PairDataset:
         alone = sum(name.startswith(clip) for name in recordings) == 1
         moment = int(Path(picture).stem) / 1000 if is_time and alone else None  # s
         face = load_face(folder / picture, self.size)
-        if self.shuffle and rng.random() < 0.5:
+        if self.flip and rng.random() < 0.5:
             face = face[:, ::-1]
         return load_speech(folder / speech, self.seconds, rng, moment), face
 
