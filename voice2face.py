@@ -1122,7 +1122,7 @@ def read_labels(data):
 
 
 def list_files(identity):
-    """An identity's recordings and pictures as <clip>/<file>; raises ValueError where none are."""
+    """An identity's recordings and pictures, <clip>/<file> each."""
     files = sorted(glob.glob("*/*", root_dir=identity))  # leaves out hidden ones
     recordings = [name for name in files if name.lower().endswith(SPEECH_FILES)]
     pictures = [name for name in files if name.lower().endswith(FACE_FILES)]
@@ -1154,7 +1154,7 @@ def read_speech(path, choose=lambda length, rate: (0, length)):
     """Samples (T,) of a recording, mono, float32, full scale 1, and its rate in Hz.
 
     choose(length, rate) -> (start, stop) says which. Of 16-bit WAV only that part is read, all else
-    goes through torchaudio. Raises ValueError with the path where that fails.
+    goes through torchaudio.
     """
     try:
         try:
@@ -1184,7 +1184,7 @@ def read_speech(path, choose=lambda length, rate: (0, length)):
 def load_speech(path, seconds, rng, moment=None):
     """A window of a recording, float32 (T,), T = 16000 seconds, beside `moment` (s) if given.
 
-    Shorter speech is repeated, longer cut at a random place [paper §4]. Raises as read_speech does.
+    Shorter speech is repeated, longer cut at a random place [paper §4].
     """
     def choose(length, rate):
         at = None if moment is None else int(moment * rate)
@@ -1197,10 +1197,7 @@ def load_speech(path, seconds, rng, moment=None):
 
 
 def load_face(path, size=None):
-    """A face, uint8 (H, W, 3): upright, RGB, its central square resized to `size` (None: as it is).
-
-    Raises ValueError with the path where it cannot be decoded or has a side under 32 pixels.
-    """
+    """A face, uint8 (H, W, 3): upright, RGB, its central square resized to `size` (None: all)."""
     try:
         with Image.open(path) as image:
             if size:
@@ -1252,12 +1249,12 @@ class PairDataset:
         folder = self.split.folder / self.split.names[identity]
         recordings, pictures = list_files(folder)
         speech = recordings[rng.integers(len(recordings))]
-        clip = f"{os.path.dirname(speech)}/"
-        pictures = [name for name in pictures if name.startswith(clip)] or pictures
-        picture = pictures[rng.integers(len(pictures))]
-        is_time = picture.startswith(clip) and Path(picture).stem.isdecimal()
-        alone = sum(name.startswith(clip) for name in recordings) == 1
-        moment = int(Path(picture).stem) / 1000 if is_time and alone else None  # s
+        clip = Path(speech).parent
+        pictures = [name for name in pictures if Path(name).parent == clip] or pictures
+        picture = Path(pictures[rng.integers(len(pictures))])
+        alone = sum(Path(name).parent == clip for name in recordings) == 1
+        is_time = alone and picture.parent == clip and picture.stem.isdecimal()
+        moment = int(picture.stem) / 1000 if is_time else None  # s
         face = load_face(folder / picture, self.size)
         if self.flip and rng.random() < 0.5:
             face = face[:, ::-1]
@@ -1267,7 +1264,7 @@ class PairDataset:
 def load_batches(pairs, batches, workers, device):
     """The batches of these numbers, made ahead by loader processes; faces (B, 3, H, W) in [-1, 1].
 
-    Warns of unreadable files; raises UserError where they outnumber what could be read.
+    Warns of unreadable files; ends the run where they outnumber what could be read.
     """
     loader = torch.utils.data.DataLoader(
         pairs, batch_size=None, sampler=batches, num_workers=workers,
@@ -1614,10 +1611,7 @@ def write_json(path, content):
 
 
 def save_checkpoint(path, parts, cfg, **more):
-    """Write states, settings and more beside `path`, then rename: `path` is whole at any time.
-
-    Raises UserError where weights are no longer numbers, or the disk is full.
-    """
+    """Write states, settings and more beside `path`, then rename: `path` is whole at any time."""
     for part in parts.values():
         if isinstance(part, nn.Module) and not all(p.isfinite().all() for p in part.parameters()):
             raise UserError(f"step {more['step']}: weights are NaN, the run diverged; try a lower "
@@ -1634,7 +1628,7 @@ def save_checkpoint(path, parts, cfg, **more):
 
 
 def load_checkpoint(path, kind, device):
-    """The dict of a training with settings of this kind; raises UserError where there is none."""
+    """The dict that a training with settings of this kind saved."""
     try:
         state = torch.load(path, map_location=device, weights_only=True)  # runs no code
         found = state["kind"]
@@ -1657,10 +1651,7 @@ MAY_CHANGE = {"data", "out", "device", "workers", "log_every", "save_every", "re
 
 
 def open_run(cfg):
-    """The checkpoint in --out to go on from; step 0 at the beginning.
-
-    Raises UserError where --out holds a run without --resume, or one of other settings.
-    """
+    """The checkpoint in --out to go on from; step 0 at the beginning."""
     last = make_folder(cfg.out) / "last.pt"
     if not last.exists():
         return dict(step=0, best=-1.0)
@@ -1675,7 +1666,7 @@ def open_run(cfg):
 
 
 def load_model(path, kind, machine):
-    """The Model of a training with settings of this kind; raises UserError where there is none."""
+    """The Model of a training with settings of this kind."""
     state = load_checkpoint(path, kind, machine.device)
     cfg, gan, g_ema = kind(**state["settings"]), None, None
     if kind is GanSettings:
