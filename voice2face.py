@@ -1092,14 +1092,16 @@ def open_corpus(data, least, machine=None):
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder; a corpus is "
                             f"{data}/{{train,val,test}}/<identity>/<clip>/ with *.wav and *.jpg")
-        names = sorted(e.name for e in os.scandir(folder) if e.name[0] != "." and e.is_dir())
+        found = (e.name for e in os.scandir(folder) if e.name[0] != "." and e.is_dir())
+        names = np.array(sorted(found), dtype=str)
         if len(names) < count:
             raise UserError(f"{folder}: {len(names)} identities, at least {count} are needed: "
                             "as many as --batch for training, 2 for tests")
         for other in corpus.values():
-            for name in np.intersect1d(names, other.names)[:1]:
+            at = np.searchsorted(other.names, names).clip(max=len(other.names) - 1)  # (P,)
+            for name in names[other.names[at] == names][:1]:
                 raise UserError(f"{folder / name}: is also in {other.folder}; one split only")
-        corpus[split] = Split(folder, np.array(names))
+        corpus[split] = Split(folder, names)
     return corpus
 
 
