@@ -660,9 +660,11 @@ def embed(model, split, seed, machine, workers=0):
 
 def validate_matching(model, split, machine, step, best):
     """Accuracy (%) of the trained task on a part of a split; a new best goes to best.pt [ours]."""
-    cfg, some = model.match, thin(split, model.match.val_clips)
+    cfg, some = model.match, thin(split, max(2, model.match.val_clips // model.match.runs))
     metrics = evaluate(model, some, {}, cfg.runs, cfg.seed, machine, cfg.workers)
-    task = f"{cfg.direction}/{10 if f'{cfg.direction}/10' in metrics else 2}"
+    task = f"{cfg.direction}/{10 if len(some.names) >= 10 else 2}"
+    if task not in metrics:
+        raise UserError(f"{split.folder}: too few of its people can be read (run check-data)")
     print(f"validation after step {step}: {task} {show(metrics, task)} %", flush=True)
     if metrics[task] > best:
         parts = dict(speech=model.speech_encoder, face=model.face_encoder)
@@ -691,6 +693,7 @@ def matching_scores(speech, faces, people, seed, prefix=""):
         hits, generator = [], torch.Generator().manual_seed(seed)
         for rows in alike if suffix else [torch.arange(len(speech))]:
             if len(rows) >= k:
+                rows = rows[torch.randperm(len(rows), generator=generator)]  # not by name
                 candidates = sample_candidates(len(rows), k, generator)  # (n, K)
                 hits.append(top1(match_logits(speech[rows], faces[rows], candidates, direction)))
         if hits:
@@ -791,7 +794,7 @@ def evaluate(model, split, labels, runs, seed, machine, workers=0, baseline=None
             c, real, identity = embed(model, split, seed, machine, workers)  # (N, D), (N, D), (N,)
             fake, other = (embed_fakes(m, c, seed) if m and m.g_ema else None
                            for m in (model, baseline))  # (N, D), with the same z
-        people = [labels.get(name, {}) for name in split.names[identity]]
+        people = [labels.get(name, {}) for name in split.names[identity.numpy()]]
         scores = matching_scores(c, real, people, seed, "real/" if model.g_ema else "")
         if all("voice_age" in row for row in people):
             voices, faces = oracle_embeddings(people)  # (N, E), (N, E)
@@ -805,8 +808,9 @@ def evaluate(model, split, labels, runs, seed, machine, workers=0, baseline=None
             scores |= {f"baseline/{key}": score for key, score in theirs.items()}
         for key, score in scores.items():
             found.setdefault(key, []).append(score)
-    return {name: round(float(of), 3) for key, scores in found.items() for name, of in
-            ((key, np.mean(scores)), (f"{key}/std", np.std(scores, ddof=min(1, len(scores) - 1))))}
+    metrics = {key: round(float(np.mean(scores)), 3) for key, scores in found.items()}
+    return metrics | {f"{key}/std": round(float(np.std(scores, ddof=1)), 3)
+                      for key, scores in found.items() if len(scores) > 1}
 
 
 def show(metrics, key, digits=1):
@@ -882,7 +886,7 @@ def control_scores(model, corpus, labels, machine, workers, voices=48, noises=16
     on unseen true faces.
     """
     known = numbers([labels[name] for name in corpus["train"].names], FACTORS)  # (P, E)
-    targets = (known - known.mean(0)) / known.std(0)  # (P, E)
+    targets = (known - known.mean(0)) / known.std(0).clamp(min=1e-6)  # (P, E)
     probe = train_probe(corpus["train"], targets, model, machine, workers)
     speech, faces, names = sample_batch(corpus["test"], model.match, 400, 0, machine)
     people, seen = [labels[name] for name in names], apply(probe, faces)  # (N, E)
@@ -947,7 +951,7 @@ def sample_batch(split, cfg, count, seed, machine):
     """A pair each of `count` people of a split: speech (N, T), faces (N, 3, H, W), names."""
     pairs = PairDataset(thin(split, count), cfg, count, seed)
     speech, faces, identity, _ = next(load_batches(pairs, [0], 0, machine.device))
-    return speech, faces, pairs.split.names[identity]
+    return speech, faces, pairs.split.names[identity.numpy()]
 
 
 def plot_samples(model, split, path, machine, rows=6, columns=7):
@@ -989,12 +993,13 @@ def plot_report(model, split, labels, out, seed, machine, rows=4, columns=7, top
 
 SECTIONS = (  # of the report: title, pictures, how the keys of metrics.json in it start
     ("Tables 1 and 2: matching in percent, of drawn faces, true ones (real/), by an oracle", "",
-     ("v-f", "f-v", "real/", "oracle/v-f", "oracle/f-v")),
+     ("v-f", "f-v", "real/", "oracle/v-f", "oracle/f-v", "baseline/v-f", "baseline/f-v")),
     ("QTA 2: how often (%) F prefers a drawn face", "",
      ("preferred", "over_baseline", "baseline/preferred")),
     ("Figures 2 to 4: voices by z, between two voices, between two z",
      "grid between_voices between_z", ()),
-    ("QTA 1, Figure 5: do like voices get like faces?", "distances", ("qta1",)),
+    ("QTA 1, Figure 5: do like voices get like faces?", "distances",
+     ("qta1", "baseline/qta1")),
     ("QTA 3, Table 3, Figure 6: R@k (%), a drawn face looks for its speaker's", "retrieval",
      ("retrieval", "oracle/retrieval", "baseline/retrieval")),
     ("What c and z control", "", ("control",)))
@@ -1010,12 +1015,12 @@ def gan_test(args):
     baseline = load_model(args.baseline, GanSettings, machine) if args.baseline else None
     if baseline and not model.face_encoder.head.weight.equal(baseline.face_encoder.head.weight):
         raise UserError(f"--baseline {args.baseline}: has other encoders than {args.gan}")
-    corpus = open_corpus(args.data, dict(train=2, test=2))
+    corpus = open_corpus(args.data, dict(test=3) | (dict(train=2) if labels else {}))
     metrics = evaluate(model, corpus["test"], labels, args.runs, args.seed, machine, args.workers,
                        baseline)
     known = {*FACTORS, *(f"voice_{name}" for name in LINKED)}
     names = np.concatenate([split.names for split in corpus.values()])
-    if all(known <= labels.get(name, {}).keys() for name in names):
+    if labels and all(known <= labels.get(name, {}).keys() for name in names):
         metrics |= control_scores(model, corpus, labels, machine, args.workers)
     write_json(out / "metrics.json", metrics)
     plot_report(model, corpus["test"], labels, out, args.seed, machine)
@@ -1072,7 +1077,7 @@ class Split(NamedTuple):
     """A part of a corpus: its folder, its identities' names (P,). Files are listed when needed."""
 
     folder: Path
-    names: np.ndarray  # a million names take 60 MB, which loader processes share
+    names: np.ndarray  # 4 bytes a letter: a million names of 20 letters take 80 MB
 
 
 def open_corpus(data, least, machine=None):
@@ -1167,15 +1172,17 @@ def read_speech(path, choose=lambda length, rate: (0, length)):
                 held = os.path.getsize(path) // (2 * channels)  # a stream's header knows no length
                 start, stop = choose(min(f.getnframes(), held), rate)
                 f.setpos(start)
-                x = np.frombuffer(f.readframes(stop - start), "<i2").reshape(-1, channels)
+                raw = f.readframes(stop - start)
+                x = np.frombuffer(raw[:len(raw) // (2 * channels) * 2 * channels], "<i2")
+                x = x.reshape(-1, channels)  # (T, channels)
                 x = x.mean(1, dtype=np.float32) / 32768  # (T, channels) -> (T,)
         except (wave.Error, EOFError):
             x, rate = torchaudio.load(path)  # (channels, T)
             start, stop = choose(x.shape[1], rate)
             x = x[:, start:stop].mean(0).numpy()  # (channels, T) -> (T,)
     except ImportError as e:
-        raise UserError(f"{path}: without more packages only 16-bit WAV is read: ffmpeg -i IN "
-                         "-c:a pcm_s16le OUT.wav, or pip install torchcodec and FFmpeg") from e
+        raise UserError(f"{path}: no 16-bit WAV, or damaged; for other formats pip install "
+                        "torchcodec and FFmpeg, or ffmpeg -i IN -c:a pcm_s16le OUT.wav") from e
     except Exception as e:  # on a damaged file a decoder raises nearly anything
         raise UserError(f"{path}: not a readable recording ({e})") from e
     if not len(x) or not np.isfinite(x).all():
@@ -1251,12 +1258,12 @@ class PairDataset:
         folder = self.split.folder / self.split.names[identity]
         recordings, pictures = list_files(folder)
         speech = recordings[rng.integers(len(recordings))]
-        clip = Path(speech).parent
-        pictures = [name for name in pictures if Path(name).parent == clip] or pictures
-        picture = Path(pictures[rng.integers(len(pictures))])
-        alone = sum(Path(name).parent == clip for name in recordings) == 1
-        is_time = alone and picture.parent == clip and picture.stem.isdecimal()
-        moment = int(picture.stem) / 1000 if is_time else None  # s
+        clip = os.path.dirname(speech)
+        pictures = [name for name in pictures if os.path.dirname(name) == clip] or pictures
+        picture = pictures[rng.integers(len(pictures))]
+        alone = sum(os.path.dirname(name) == clip for name in recordings) == 1
+        is_time = alone and os.path.dirname(picture) == clip and Path(picture).stem.isdecimal()
+        moment = int(Path(picture).stem) / 1000 if is_time else None  # s
         face = load_face(folder / picture, self.size)
         if self.flip and rng.random() < 0.5:
             face = face[:, ::-1]
@@ -1271,13 +1278,15 @@ def load_batches(pairs, batches, workers, device):
     loader = torch.utils.data.DataLoader(
         pairs, batch_size=None, sampler=batches, num_workers=workers,
         worker_init_fn=ignore_ctrl_c, pin_memory=device.type == "cuda")
+    bad = read = 0
     for speech, faces, identity, faults in loader:
         for fault in faults:
             print(f"warning: left out: {fault}", file=sys.stderr, flush=True)
-        if len(faults) > 1 + len(identity):
+        bad, read = bad + len(faults), read + len(identity)
+        if bad > SPARE + read or (bad and not read):
             raise UserError(f"too many unreadable files (run check-data), as {faults[-1]}")
         if not len(identity):
-            continue  # the last of a test
+            continue  # the last ones of a test
         faces = faces.to(device, non_blocking=True)  # uint8: a quarter of the way
         faces = faces.permute(0, 3, 1, 2).float() / 127.5 - 1  # (B, H, W, 3) -> (B, 3, H, W)
         yield speech.to(device, non_blocking=True), faces, identity, faults
@@ -1301,23 +1310,28 @@ def check_file(path):
 
 def check_data(args, data):
     """Read every file of a corpus; print what it holds and what is wrong with it."""
-    corpus, faults = open_corpus(data, dict.fromkeys(("train", "val", "test"), args.k)), []
+    corpus, faults = open_corpus(data, dict.fromkeys(("train", "val", "test"), 2)), 0
     for split, (folder, names) in corpus.items():
         hours = []  # of every file that can be read
         for done, name in enumerate(names, start=1):
             try:
-                files = [folder / name / file for file in sum(list_files(folder / name), [])]
+                files = sum(list_files(folder / name), [])
             except UserError as e:
-                files, faults = [], [*faults, e]
+                print(f"fault: {e}")
+                files, faults = [], faults + 1
             for file in files:
                 try:
-                    hours.append(check_file(file))
+                    hours.append(check_file(folder / name / file))
                 except UserError as e:
-                    faults.append(e)
+                    print(f"fault: {e}")
+                    faults += 1
             if done % 1000 == 0:
                 print(f"{split}: {done} of {len(names)} identities", flush=True)
+        if len(names) < args.k:
+            print(f"fault: {folder}: {len(names)} identities, --k {args.k} needs as many")
+            faults += 1
         print(f"{split:5}  {len(names)} identities, {len(hours)} files, {sum(hours):.2f} h speech")
-    print(*(f"fault: {fault}" for fault in faults), f"{len(faults)} faults", sep="\n")
+    print(f"{faults} faults")
     return bool(faults)
 
 
@@ -1649,7 +1663,7 @@ def restore(parts, state):
         parts[name].load_state_dict(state[name])
 
 
-MAY_CHANGE = {"data", "out", "device", "workers", "log_every", "save_every", "resume"}
+MAY_CHANGE = {"out", "device", "workers", "log_every", "save_every", "resume"}
 
 
 def open_run(cfg):
@@ -1660,8 +1674,9 @@ def open_run(cfg):
     if not cfg.resume:
         raise UserError(f"--out {cfg.out}: holds a run; name another folder, or --resume it")
     state = load_checkpoint(last, type(cfg), "cpu")
-    other = [f"{flag(name)} {x}, not {getattr(cfg, name)}" for name, x in state["settings"].items()
-             if name not in MAY_CHANGE and x != getattr(cfg, name)]
+    now = asdict(cfg)
+    other = [f"{flag(name)} {x}, not {now.get(name)}" for name, x in state["settings"].items()
+             if name not in MAY_CHANGE and x != now.get(name)]
     if other:
         raise UserError(f"--resume: the run in {cfg.out} has {', '.join(other)}")
     return state
@@ -1670,7 +1685,10 @@ def open_run(cfg):
 def load_model(path, kind, machine):
     """The Model of a training with settings of this kind."""
     state = load_checkpoint(path, kind, machine.device)
-    cfg, gan, g_ema = kind(**state["settings"]), None, None
+    try:
+        cfg, gan, g_ema = kind(**state["settings"]), None, None
+    except TypeError as e:
+        raise UserError(f"{path}: of another version of this file ({e})") from e
     if kind is GanSettings:
         cfg, gan = MatchSettings(**state["match"]), cfg
         g_ema = make_generator(cfg, gan, machine.device)
@@ -1767,7 +1785,8 @@ def main(argv=None):
     except (MemoryError, torch.OutOfMemoryError):
         error = "out of memory, try a smaller --batch"
     except KeyboardInterrupt:
-        print("voice2face: stopped; --resume goes on with a training", file=sys.stderr)
+        more = "; --resume goes on" if args.run in TRAININGS else ""
+        print(f"voice2face: stopped{more}", file=sys.stderr)
         return 130
     print(f"voice2face: error: {error}", file=sys.stderr)
     return 2
