@@ -693,7 +693,6 @@ def matching_scores(speech, faces, people, seed, prefix=""):
         hits, generator = [], torch.Generator().manual_seed(seed)
         for rows in alike if suffix else [torch.arange(len(speech))]:
             if len(rows) >= k:
-                rows = rows[torch.randperm(len(rows), generator=generator)]  # not by name
                 candidates = sample_candidates(len(rows), k, generator)  # (n, K)
                 hits.append(top1(match_logits(speech[rows], faces[rows], candidates, direction)))
         if hits:
