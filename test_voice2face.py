@@ -970,7 +970,6 @@ def test_a_mistake_is_one_line_that_says_where(mistake, corpus, runs, mess, tmp_
     assert not (tmp_path / "new").exists()  # before anything was made
 
 
-# ---- bench
 def bench():
     """Print what the loader and a training step take, and what a large corpus takes to open."""
     root = Path(tempfile.mkdtemp())
