@@ -40,6 +40,8 @@ from torch.utils._pytree import tree_leaves
 
 import voice2face as v
 
+torch.set_num_threads(1)  # networks this small are no faster on more
+os.environ["OMP_NUM_THREADS"] = "1"  # in the processes started here, too
 FILE = Path(v.__file__)
 KINDS = {"match-train": v.MatchSettings, "gan-train": v.GanSettings}
 CPU = SimpleNamespace(device=torch.device("cpu"), autocast=contextlib.nullcontext())  # a v.Machine
@@ -517,7 +519,6 @@ def test_match_test_repeats_the_metrics(runs, corpus, tmp_path):
     assert found[0] == usual and len(set(found)) == 4
     for key in ("v-f/2", "v-f/10", "f-v/2", "f-v/10", "v-f/2/gender"):
         assert {key, f"{key}/std", f"oracle/{key}"} <= json.loads(usual).keys()
-    assert "v-f/10/gender" not in usual  # 12 people have not ten of each gender
 
 
 # ---- 5. Figures, report, faces for any recording
@@ -846,10 +847,9 @@ def test_a_diverging_run_says_so_and_saves_no_nan(command, corpus, runs, tmp_pat
     assert "weights are NaN, the run diverged; try a lower --lr" in refused(
         capsys, command, "--data", corpus, "--out", tmp_path, "--lr", 1e25, "--steps", 24,
         "--eval-every", 99, "--save-every", 1, *more)
-    for path in tmp_path.glob("*.pt"):
-        state = torch.load(path, weights_only=True)
-        parts = [state[x] for x in state if x in ("speech", "face", "g", "g_ema", "d")]
-        assert all(t.isfinite().all() for t in tree_leaves(parts))
+    for state in (torch.load(path, weights_only=True) for path in tmp_path.glob("*.pt")):
+        assert all(t.isfinite().all() for part in ("speech", "face", "g", "g_ema", "d")
+                   for t in state.get(part, {}).values())
 
 
 def spy_on_descend(patch):
@@ -882,8 +882,7 @@ def test_two_processes_train_on_their_mean_loss(command, corpus, runs, tmp_path,
     argv += ["--match", runs.match / "best.pt", "--d-lr", 0] * (command == "gan-train")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                 tmp_path / "spy.py", tmp_path, *map(str, argv), "--out", tmp_path / "run"]
-    done = subprocess.run(torchrun, text=True, capture_output=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run(torchrun, text=True, capture_output=True)
     assert done.returncode == 0 and done.stdout.count("step 3/3") == 1, done.stderr  # one speaks
     (numbers, *one), (more, *other) = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
     assert numbers | more == set(range(6)) and numbers & more <= {0}  # all begin alike with 0
@@ -920,17 +919,16 @@ def test_bfloat16_changes_little_and_spares_r1(command, corpus, runs, tmp_path, 
 
 @pytest.mark.parametrize("native", [True, False])
 def test_a_gpu_computes_in_bfloat16_only_where_it_is_native(native, monkeypatch):
-    fake = SimpleNamespace(device=torch.device("cuda:0"))
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported",
                         lambda including_emulation=True: including_emulation or native)  # a T4
-    monkeypatch.setattr(v.torch, "zeros", lambda n, device: fake)
+    monkeypatch.setattr(v.torch, "zeros", lambda n, device: SimpleNamespace(
+        device=torch.device(device)))
     monkeypatch.setattr(v.torch, "autocast", lambda kind, dtype, enabled: (kind, dtype, enabled))
     assert v.Machine("cuda").autocast == ("cuda", torch.bfloat16, native)
 
 
-# ---- 9. Mistakes that people make
 MISTAKES = """
 match-train --data {mess}/none --out {new} => none.train: no such folder; a corpus is
 match-train --data {mess}/both --out {new} => test.train0: is also in .*train; one split only
@@ -972,6 +970,7 @@ def test_a_mistake_is_one_line_that_says_where(mistake, corpus, runs, mess, tmp_
 
 def bench():
     """Print what the loader and a training step take, and what a large corpus takes to open."""
+    torch.set_num_threads(os.cpu_count())
     root = Path(tempfile.mkdtemp())
     run("make-data", root / "few", "--identities", 200)
     split, cfg = v.open_corpus(root / "few", dict(train=2)), v.PAPER["match-train"]
