@@ -659,7 +659,7 @@ def embed(model, split, seed, machine, workers=0):
 
 
 def validate_matching(model, split, machine, step, best):
-    """Accuracy (%) of the trained task on a part of a split; a new best goes to best.pt [ours]."""
+    """Accuracy (%) of the trained direction, 10-way; a new best goes to best.pt [ours]."""
     cfg, some = model.match, thin(split, max(2, model.match.val_clips // model.match.runs))
     metrics = evaluate(model, some, {}, cfg.runs, cfg.seed, machine, cfg.workers)
     task = f"{cfg.direction}/{10 if len(some.names) >= 10 else 2}"
@@ -1687,10 +1687,11 @@ def load_model(path, kind, machine):
     state = load_checkpoint(path, kind, machine.device)
     try:
         cfg, gan, g_ema = kind(**state["settings"]), None, None
+        if kind is GanSettings:
+            cfg, gan = MatchSettings(**state["match"]), cfg
     except TypeError as e:
         raise UserError(f"{path}: of another version of this file ({e})") from e
-    if kind is GanSettings:
-        cfg, gan = MatchSettings(**state["match"]), cfg
+    if gan:
         g_ema = make_generator(cfg, gan, machine.device)
         restore(dict(g_ema=g_ema), state)
     speech_encoder, face_encoder = make_encoders(cfg, machine.device)
@@ -1783,7 +1784,7 @@ def main(argv=None):
     except OSError as e:
         error = f"{e.filename or 'file'}: {e.strerror or e}"
     except (MemoryError, torch.OutOfMemoryError):
-        error = "out of memory, try a smaller --batch"
+        error = "out of memory, try less at once: smaller sizes, fewer clips or faces"
     except KeyboardInterrupt:
         more = "; --resume goes on" if args.run in TRAININGS else ""
         print(f"voice2face: stopped{more}", file=sys.stderr)
