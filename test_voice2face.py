@@ -109,11 +109,11 @@ def read_log(out):
 def observe(command, out, *argv):
     """Run a tiny training; what can be seen of it, a part of which each setting must change."""
     saves, loaders, printed = [], set(), io.StringIO()
-    loader, save = torch.utils.data.DataLoader, v.save_checkpoint
+    loader, save = torch.utils.data.DataLoader, v.Run.save
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.setattr(v, "R1_EVERY", 2)
-        patch.setattr(v, "save_checkpoint", lambda path, *args, **more: save(
-            path, *args, **more, **saves.append((Path(path).name, more["step"])) or {}))
+        patch.setattr(v.Run, "save", lambda run, name, *args, **more: save(
+            run, name, *args, **more, **saves.append((name, run.step)) or {}))
         patch.setattr(torch.utils.data, "DataLoader", lambda *args, **more: loader(
             *args, **more, **loaders.add(more["num_workers"]) or {}))
         run(command, "--out", out, *argv)
@@ -121,7 +121,7 @@ def observe(command, out, *argv):
     parts = ("speech", "face") if command == "match-train" else ("g", "d", "g_ema")
     return dict(weights=[t.numpy().tobytes() for part in parts for t in state[part].values()],
                 metrics=(out / "metrics.json").read_text(), saves=saves, loaders=loaders,
-                tests=re.findall("^validation.*", printed.getvalue(), re.M),
+                tests=re.findall("^step . val.*", printed.getvalue(), re.M),
                 log=[line["step"] for line in read_log(out)])
 
 
@@ -158,7 +158,8 @@ def test_sinc_passes_its_band_and_stops_the_rest():
     layer = v.SincConv(1, 251)
     layer.low_hz.data[:], layer.band_hz.data[:] = 1950, 950  # 2000 ... 3000 Hz
     tones = torch.tensor([2500, 2200, 2800, 500, 1700, 3300, 6000])[:, None]
-    gains = layer(torch.sin(2 * math.pi * tones * torch.arange(8000) / 16000))[:, 0, 2000:6000]
+    sines = torch.sin(2 * math.pi * tones * torch.arange(8000) / 16000)
+    gains = layer(sines[:, None, None])[:, 0, 0, 2000:6000]
     inside, *others = gains.amax(1).tolist()
     assert others[:2] == approx([inside, inside], rel=0.05) and max(others[2:]) < 0.01 * inside
 
@@ -168,15 +169,15 @@ def test_sinc_edges():
         v.SincConv(4, 250)
     layer = v.SincConv(4, 31, stride=3).to(torch.float64)
     layer.low_hz.data[:2], layer.band_hz.data[:2] = 1e5, -1e5  # far outside of 0 ... 8000 Hz
-    out = layer(torch.randn(2, 100).double())
-    assert out.dtype == layer.t.dtype == torch.float64 and out.shape == (2, 4, 34)
+    out = layer(torch.randn(2, 1, 1, 130).double())
+    assert out.dtype == layer.t.dtype == torch.float64 and out.shape == (2, 4, 1, 34)
     out.square().sum().backward()
     assert out.isfinite().all() and layer.low_hz.grad.isfinite().all()
 
 
 def test_published_sizes():
     with torch.device("meta"):
-        face = v.FaceEncoder(128, v.PAPER["match-train"]["face_width"])
+        face = v.FaceEncoder(128, v.PAPER[v.MatchSettings]["face_width"])
         nets = v.SpeechEncoder(64, 1), face, v.Generator(128, 64), v.Discriminator(face)
     w, k = [64, 64, 128, 128, 256, 256, 512, 512], [251, 20, 11, 11, 11, 11, 11, 11]  # [PASE]
     convs = 2 * 64 + sum(w[i - 1] * w[i] * k[i] for i in range(1, 8))
@@ -185,11 +186,8 @@ def test_published_sizes():
     assert [sum(p.numel() for p in net.parameters()) for net in nets] == [
         convs + 3 * sum(w) + 513 * 128, count + 1025 * 128, 36_803_843, count + 1025 * 128 + 1024]
     lengths, small = [], v.SpeechEncoder(2).eval()
-    small.acts[-1].register_forward_hook(lambda act, x, y: lengths.append(y[0, 0].numel()))
+    small.body[-1].register_forward_hook(lambda act, x, y: lengths.append(y[0, 0].numel()))
     assert small(torch.randn(1, 96000)).shape == (1, 128) and lengths == [600]  # 6 s
-    for network, size in itertools.product((v.FaceEncoder, v.Generator), (4, 48, 65)):
-        with pytest.raises(ValueError, match=f"power of two from 8 on, got {size}"):
-            network(size, 2)
 
 
 def test_dblock_pools_before_its_shortcut_without_changing_it():
@@ -295,13 +293,6 @@ def test_r1_of_functions_with_known_gradients():
     assert torch.autograd.grad(penalty, a)[0].item() == approx(expected, rel=1e-5)  # 2 a / a^2 is 1
 
 
-def test_average_follows_the_generator():
-    average, new = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
-    expected, kept = 0.9 * average.weight + 0.1 * new.weight, new.weight.clone()
-    v.update_ema(average, new, 0.9)
-    assert_close(average.weight, expected), assert_close(new.weight, kept)
-
-
 # ---- 3. Training
 def test_a_match_step_goes_down_equation_1(corpus, tmp_path, monkeypatch):
     seen, losses, logits, descend = [], [], v.match_logits, v.descend
@@ -320,7 +311,8 @@ def test_a_match_step_goes_down_equation_1(corpus, tmp_path, monkeypatch):
 @pytest.mark.parametrize("loss", ["relid", "rel"])
 def test_a_gan_step(loss, corpus, runs, tmp_path, monkeypatch):
     """D's step trains D on Eq. 5 or 4, then G's step trains G with real and fake swapped."""
-    nets, seen, moved, roles, judge = {}, {}, [], itertools.cycle("dg"), v.Discriminator.forward
+    nets, seen, moved, average = {}, {}, [], []
+    roles, judge = itertools.cycle("dg"), v.Discriminator.forward
 
     def spied_generator(net, z, c, real=v.Generator.forward):
         nets["g"], seen["c"], seen["fake"] = net, c, real(net, z, c)
@@ -346,9 +338,12 @@ def test_a_gan_step(loss, corpus, runs, tmp_path, monkeypatch):
 
     def spied_descend(*args, real=v.descend):
         before = {name: [p.clone() for p in net.parameters()] for name, net in nets.items()}
+        average[:] = average or [nets["g"].last.weight.detach().clone()]
         real(*args)
         moved.append([name for name, net in nets.items()
                       if not all(map(torch.equal, net.parameters(), before[name]))])
+        if len(moved) % 2 == 0:  # after G's step
+            average[0] = 0.998 * average[0] + 0.002 * nets["g"].last.weight.detach()
     monkeypatch.setattr(v.Generator, "forward", spied_generator)
     monkeypatch.setattr(v.Discriminator, "forward", spied_discriminator)
     monkeypatch.setattr(v, f"{loss}_loss", spied_loss)
@@ -359,16 +354,17 @@ def test_a_gan_step(loss, corpus, runs, tmp_path, monkeypatch):
     after, before = (torch.load(x, weights_only=True) for x in (tmp_path / "last.pt", match))
     assert moved == [["d"], ["g"]] * 4 and all(torch.equal(t, after[part][key]) for part in (
         "speech", "face") for key, t in before[part].items())  # S and F are frozen
-    assert not torch.equal(after["g"]["last.weight"], after["g_ema"]["last.weight"])
+    assert_close(after["g_ema"]["last.weight"], average[0], rtol=0, atol=1e-6)
+    assert (after["g"]["last.weight"] - average[0]).abs().max() > 1e-3
 
 
 CHANGES = dict(  # a setting: another value, and what it must change of what observe() sees
     runs=(3, "metrics"), val_clips=(4, "tests"), eval_every=(4, "tests"), save_every=(3, "saves"),
     log_every=(2, "log"), workers=(1, "loaders")) | {
     name: (value, "weights") for name, value in dict(
-        seed=1, direction="f-v", k=3, steps=5, batch=8, seconds=0.3, size=64, sinc_stride=7,
+        seed=1, direction="f-v", k=3, steps=5, batch=8, seconds=0.3, size=64, sinc_stride=4,
         speech_width=6, face_width=6, embed_scale=5.0, lr=0.01, loss="rel", width=3, weight=0.5,
-        c_scale=2.0, d_lr=0.01, gamma=5.0, ema_decay=0.5).items()}
+        d_lr=0.01, gamma=5.0, ema_decay=0.5).items()}
 
 
 @pytest.mark.parametrize("command, name", [
@@ -388,7 +384,7 @@ def test_every_setting_matters(command, name, runs, corpus, tmp_path):
 def test_presets_help_and_flags(capsys):
     argv = ["gan-train", "--preset", "paper", "--lr", "0.5"]
     assert v.make_settings(v.make_parser().parse_args(argv)) == v.GanSettings(
-        **v.PAPER["gan-train"] | dict(preset="paper", lr=0.5))
+        **v.PAPER[v.GanSettings] | dict(preset="paper", lr=0.5))
     for command in (*KINDS, "match-test", "gan-test", "generate", "make-data", "check-data"):
         with pytest.raises(SystemExit, match="0"):
             v.main([command, "--help"])
@@ -439,7 +435,8 @@ def test_untrained_networks_score_chance(corpus):
     torch.manual_seed(0)
     models = [v.Model(CFG, *v.make_encoders(CFG, CPU.device)) for _ in range(4)]
     split = v.open_corpus(corpus, dict(train=2))["train"]
-    scores = [v.evaluate(model, split, {}, 2, i, CPU) for i, model in enumerate(models)]
+    cfgs = [SimpleNamespace(seed=i, workers=0) for i in range(4)]
+    scores = [v.evaluate(*row, 2, CPU) for row in zip(models, [split] * 4, [{}] * 4, cfgs)]
     for key, chance in (("v-f/2", 50), ("f-v/2", 50), ("v-f/10", 10), ("f-v/10", 10)):
         assert np.mean([row[key] for row in scores]) == approx(chance, abs=6)
 
@@ -460,20 +457,21 @@ def test_oracle_is_the_normals_log_ratio_and_scores_the_reference_table(link, ta
     assert np.ptp(gap[same]) < 2e-3 and gap[~same].max() < gap[same].min() - 500
     scores = [v.matching_scores(voices, faces, people, seed) for seed in range(5)]
     for key, expected in zip(("2", "2/gender", "10", "10/gender"), table):
-        assert np.mean([row[f"v-f/{key}"] for row in scores]) == approx(expected, abs=1.2)
+        assert np.mean([row[f"v-f/{key}"] for row in scores]) == approx(expected, abs=1.5)
 
 
 def test_preference_and_distances_of_planted_faces():
     c, genders = torch.randn(40, 4), [i // 7 % 2 for i in range(40)]
-    assert v.preference(c, c, -c) == 100 and v.preference(c, -c, c) == 0
-    assert v.preference(c, torch.cat([c[:10], -c[10:]]), 0 * c) == approx(25)
+    for fake, real, expected in ((c, -c, 100), (-c, c, 0),
+                                 (torch.cat([c[:10], -c[10:]]), 0 * c, 25)):
+        assert v.drawn_scores(c, fake, real, [{}] * 40, 0)["preferred"] == approx(expected)
     one_hot, people = torch.eye(2)[genders], [{"gender": str(g)} for g in genders]
     panels = [v.distance_panels(one_hot, -3 * one_hot, people, seed) for seed in range(10)]
-    for title, distance in (("same gender", 0), ("different gender", 1)):
+    for title, distance in (("same", 0), ("different", 1)):
         x, y = (torch.cat(rows) for rows in zip(*(p[title] for p in panels if title in p)))
         assert len(x) > 50 and (x - distance).abs().max() < 1e-6 > (y - distance).abs().max()
     panels = v.distance_panels(c, c, [{}] * 40, 0)
-    assert [*panels] == ["all couples"] and panels["all couples"][0].min() > 1e-4  # of two people
+    assert [*panels] == ["all"] and panels["all"][0].min() > 1e-4  # of two people
 
 
 def test_retrieval_of_planted_answers_and_brute_force():
@@ -493,20 +491,24 @@ def test_variance_shares_of_planted_factors():
     torch.manual_seed(0)
     a, b = torch.randn(30, 1, 1), torch.randn(1, 20, 1)
     a, b = (a - a.mean()) / a.std(correction=0), (b - b.mean()) / b.std(correction=0)
-    for read, *expected in ((a + 0 * b, 1, 0, 0), (0 * a + b, 0, 1, 0), (a * b, 0, 0, 1),
-                            (3 * a + b, 0.9, 0.1, 0)):
+    for read, *expected in ((a + 0 * b, 100, 0), (0 * a + b, 0, 100), (a * b, 0, 0),
+                            (3 * a + b, 90, 10)):
         shares = v.variance_shares(read)
-        assert [shares[name].item() for name in ("c", "z", "both")] == approx(expected, abs=1e-5)
+        assert [shares[name].item() for name in ("c", "z")] == approx(expected, abs=1e-3)
 
 
-def test_probe_reads_factors_of_unseen_people(corpus):
+def test_probe_is_ridge_regression_and_reads_unseen_people(corpus):
+    x, y = torch.rand(40, 3, 32, 32), torch.randn(40, 2)
+    flat = np.c_[x.flatten(1).double().numpy(), np.ones(40)]
+    dual = flat.T @ np.linalg.solve(flat @ flat.T + 10 * np.eye(40), y.double().numpy())
+    np.testing.assert_allclose(v.fit_probe(x, y).numpy(), dual, atol=1e-3)
     labels, splits = v.read_labels(corpus), v.open_corpus(corpus, dict(train=2, val=2, test=2))
-    known = v.numbers([labels[n] for n in splits["train"].names], ["background"])
-    probe = v.train_probe(splits["train"], (known - known.mean()) / known.std(),
-                          v.Model(CFG, None, None), CPU, 0, steps=80, batch=16)
-    _, faces, names = zip(*(v.sample_batch(splits[s], CFG, 99, 0, CPU) for s in ("val", "test")))
-    truth = v.numbers([labels[n] for n in np.concatenate(names)], ["background"])
-    assert v.pearson(probe(torch.cat(faces)).detach(), truth) > 0.7
+    known, unseen = ([v.sample_batch(splits[name], CFG, 99, 0, CPU)[1:] for name in names]
+                     for names in (("train",), ("val", "test")))
+    (faces, names), (others, truth) = ([torch.cat([f for f, _ in rows]), v.numbers(
+        [labels[n] for _, names in rows for n in names], ["background"])] for rows in (known, unseen))
+    read = v.pixels(others) @ v.fit_probe(faces, (names - names.mean()) / names.std())
+    assert np.corrcoef(read[:, 0], truth[:, 0])[0, 1] > 0.9
 
 
 def test_match_test_repeats_the_metrics(runs, corpus, tmp_path):
@@ -521,55 +523,54 @@ def test_match_test_repeats_the_metrics(runs, corpus, tmp_path):
 
 
 # ---- 5. Figures, report, faces for any recording
-def test_report_names_its_pictures_and_measures_everything(corpus, runs, tmp_path, monkeypatch):
-    monkeypatch.setattr(v, "train_probe", functools.partial(v.train_probe, steps=2, batch=8))
+def test_report_names_its_picture_and_measures_everything(corpus, runs, tmp_path):
     argv = ["gan-test", "--gan", runs.gan / "last.pt", "--workers", 0, "--runs", 2, "--data"]
-    run(*argv, corpus, "--out", tmp_path, "--baseline", runs.gan / "last.pt")
+    run(*argv, corpus, "--out", tmp_path)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     page = (tmp_path / "report.md").read_text(encoding="utf8")
-    for key in ("preferred over_baseline baseline/preferred qta1/all/r qta1/all/face f-v/10 v-f/10 "
-                "qta1/all/c retrieval/L1/1 retrieval/L2/2 retrieval/cosine/10 v-f/2 v-f/2/gender "
-                "baseline/retrieval/L1/5 oracle/retrieval/1 real/v-f/10 oracle/f-v/2").split():
-        assert f"| {key} | {metrics[key]:.2f} ± {metrics[f'{key}/std']:.2f} |" in page, key
-    assert all(f"| control/{name}/{of} |" in page for name in v.FACTORS for of in ("c", "probe"))
+    for key in ("preferred qta1/all/r qta1/all/face f-v/10 v-f/10 qta1/all/c retrieval/L1/1 "
+                "retrieval/L2/2 retrieval/cosine/10 v-f/2 v-f/2/gender oracle/retrieval/1 "
+                "real/v-f/10 oracle/f-v/2").split():
+        text = f"{metrics[key]:.2f} ± {metrics[f'{key}/std']:.2f}"
+        assert f"| {key:24} | {text:14} |" in page, key
+    assert all(f"| control/{name}/{of} " in page for name in v.FACTORS for of in ("c", "probe"))
     usual = json.loads(runs.seen["match-train"]["metrics"])  # the same people and windows
     assert all(metrics[f"real/{key}"] == x for key, x in usual.items() if key[:6] != "oracle")
-    assert metrics["over_baseline"] == 50  # of itself
-    pictures = sorted(re.findall(r"!\[.*?\]\((.*?)\)", page))
-    assert pictures == sorted(p.name for p in tmp_path.glob("*.png")) and len(pictures) == 5
+    assert "](figures.png)" in page and (tmp_path / "figures.png").exists()
     run(*argv, plain_corpus(tmp_path / "plain"), "--out", tmp_path / "r")  # without labels
-    page = (tmp_path / "r/report.md").read_text(encoding="utf8").split("##", 2)[2]
-    assert "| preferred |" in page and not re.findall("control/|qta1/same", page)
+    page = (tmp_path / "r/report.md").read_text(encoding="utf8")
+    assert "| preferred  " in page and not re.findall("control/|qta1/same", page)
 
 
 def test_generate_draws_for_any_recording(runs, tmp_path):
-    paths = [tmp_path / name for name in ("low.wav", "high stereo.wav", "短い.wav")]
-    write_wav(paths[0], 8000 * 2, 8000)
+    paths = [tmp_path / name for name in ("短い.wav", "high stereo.wav", "low.wav")]
+    write_wav(paths[0], 1600)  # less than this generator's window of 0.25 s
     write_wav(paths[1], np.random.default_rng(0).uniform(-0.5, 0.5, (44100, 2)), 44100)
-    write_wav(paths[2], 1600)  # less than this generator's window of 0.25 s
+    write_wav(paths[2], 8000 * 2, 8000)
     for out, seed in (("new/a.png", 0), ("new/b.png", 1), ("faces", 0)):
         run("generate", *paths, "--gan", runs.gan / "last.pt", "--out", tmp_path / out, "-n", 3,
             "--seed", seed)
     grid, other = (np.asarray(Image.open(tmp_path / f"new/{x}.png")) for x in "ab")
-    assert grid.shape == (24 + 3 * (132 + 24), 3 * 132, 3) and not np.array_equal(grid, other)
+    assert grid.shape == (3 * (128 + 24), 3 * 132, 3) and not np.array_equal(grid, other)
     names = [f"{i + 1:04}_{path.stem}_z{k}.png" for i, path in enumerate(paths) for k in (1, 2, 3)]
     assert sorted(os.listdir(tmp_path / "faces")) == names
     faces = [np.asarray(Image.open(tmp_path / "faces" / name)) for name in names]
     assert {x.shape for x in faces} == {(32, 32, 3)} and len({x.tobytes() for x in faces}) == 9
-    assert np.array_equal(grid[48:176, 2:130], faces[0].repeat(4, 0).repeat(4, 1))  # the same z 1
+    assert np.array_equal(other[24:152, 2:130], faces[0].repeat(4, 0).repeat(4, 1))  # z of seed 1
 
 
 # ---- 6. Data
 @pytest.mark.parametrize("length, window, moment, guard", [
     (20, 5, None, 2), (20, 5, 7, 0), (20, 5, 9, 2), (20, 5, 0, 2), (20, 5, 19, 2), (20, 5, 40, 2),
     (20, 5, 21, 2), (9, 5, 4, 1), (20, 12, 13, 3), (9, 12, None, 1)])
-def test_window_is_uniform_and_avoids_the_moment(length, window, moment, guard):
+def test_window_is_uniform_and_avoids_the_moment(length, window, moment, guard, monkeypatch):
+    monkeypatch.setattr(v, "GUARD", guard)
     held = set() if moment is None else set(range(moment - guard, moment + guard + 1))
     possible = [s for s in range(length - window + 1) if not held & set(range(s, s + window))]
     longest = max(moment - guard, length - moment - guard - 1) if held else length
     rng, counts = np.random.default_rng(0), {}
     for _ in range(3000):
-        start, stop = v.sample_window(length, window, moment, guard, rng)
+        start, stop = v.sample_window(length, 1, window, moment, rng)  # at 1 Hz
         assert 0 <= start < stop <= length and not held & set(range(start, stop))
         assert stop - start == (window if possible else longest)  # nothing fits: the longer side
         counts[start] = counts.get(start, 0) + 1
@@ -651,11 +652,11 @@ def test_other_formats_go_through_torchaudio(tmp_path, monkeypatch):
     write_wav(tmp_path / "32-bit.wav", 99, width=4)
     (tmp_path / "x.mp3").write_bytes(b"ID3")
     for name in ("32-bit.wav", "x.mp3"):
-        x, rate = v.read_speech(tmp_path / name, lambda n, rate: (n - rate // 2, n))
-        assert rate == 32000 and np.allclose(x, stereo.mean(0)[16000:])
+        x = v.load_speech(tmp_path / name)
+        assert np.allclose(x, v.torchaudio.functional.resample(stereo.mean(0), 32000, 16000))
     monkeypatch.setattr(v.torchaudio, "load", lambda path: exec("import no_such_decoder"))
-    with pytest.raises(ValueError, match=r"x\.mp3: .*pip install torchcodec"):
-        v.read_speech(tmp_path / "x.mp3")
+    with pytest.raises(v.UserError, match=r"x\.mp3: neither 16-bit WAV nor readable by torchaudio"):
+        v.load_speech(tmp_path / "x.mp3")
 
 
 def test_faces_are_square_cropped_resized_rgb_and_upright(tmp_path):
@@ -702,8 +703,7 @@ def test_unreadable_people_are_named_replaced_in_training_and_left_out_in_tests(
 
 @pytest.mark.parametrize("split, people, broken, said", [
     ("train", 12, 12, "too many unreadable files"), ("train", 6, 1, "K = 6 needs 6 identities"),
-    ("val", 10, 1, "too few of its people"), ("val", 2, 1, "too few of its people"),
-    ("test", 7, 1, "")])  # the last is alone in its batch
+    ("val", 10, 1, ""), ("val", 2, 1, "val: too few people can be read"), ("test", 7, 1, "")])  # the last is alone in its batch
 def test_too_few_readable_people_end_with_a_line(split, people, broken, said, tmp_path, capsys):
     broken = [f"{split}{people - 1 - i}" for i in range(broken)]
     data = plain_corpus(tmp_path / "data", 12, broken)
@@ -727,7 +727,7 @@ def test_check_data_lists_every_fault(tmp_path, capsys):
     run("check-data", tmp_path, code=1)
     out = capsys.readouterr().out
     for part in ("empty.wav", "cut.wav", "silent.wav: silent", "e.flac", "f.jpg", "g.png",
-                 "tiny.png: 16x99", "val3: no recording", "test5: no picture", "test6 empty: no"):
+                 "tiny.png: 16x99", "val3: no recording", "test5: no recording", "test6 empty: no"):
         assert len(re.findall(f"^fault: .*{part}", out, re.M)) == 1, part
     assert "\n10 faults" in out and out.count("fault: ") == 10
 
@@ -825,16 +825,16 @@ def test_runs_killed_at_random_moments_end_as_runs_left_alone():
     assert kill(4) == 0  # a few only: `python test_voice2face.py kill 20` makes more of them
 
 
-@pytest.mark.parametrize("fault", [OSError(28, "disk full"), RuntimeError("failed writing")])
-def test_a_full_disk_keeps_the_checkpoint_before(fault, corpus, runs, tmp_path, capsys):
-    def full(state, path, save=torch.save):
-        save(state, path)
-        if state["step"] == 4 and "last" in str(path):
-            raise fault
+def test_a_full_disk_keeps_the_checkpoint_before(corpus, runs, tmp_path, capsys):
+    def full(path, content, write=Path.write_bytes):
+        if path.name == "last.pt.part" and path.with_suffix("").exists():
+            write(path, bytes(content)[:99])
+            raise OSError(28, "disk full", str(path))
+        write(path, content)
     argv = ["match-train", "--data", corpus, "--out", tmp_path, "--save-every", 2]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(v.torch, "save", full)
-        assert f"last.pt: cannot be written ({fault}" in refused(capsys, *argv)
+        patch.setattr(Path, "write_bytes", full)
+        assert "last.pt.part: disk full" in refused(capsys, *argv)
     assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 2
     run(*argv, "--resume")
     assert left_by(tmp_path) == left_by(runs.match)  # nothing half written is left, either
@@ -882,7 +882,7 @@ def test_two_processes_train_on_their_mean_loss(command, corpus, runs, tmp_path,
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                 tmp_path / "spy.py", tmp_path, *map(str, argv), "--out", tmp_path / "run"]
     done = subprocess.run(torchrun, text=True, capture_output=True)
-    assert done.returncode == 0 and done.stdout.count("step 3/3") == 1, done.stderr  # one speaks
+    assert done.returncode == 0 and done.stdout.count(" s left") == 3, done.stderr  # one speaks
     (numbers, *one), (more, *other) = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
     assert numbers | more == set(range(6)) and numbers & more <= {0}  # all begin alike with 0
     assert len(one) >= 3 and all(map(torch.equal, tree_leaves(one), tree_leaves(other)))
@@ -930,17 +930,16 @@ def test_a_gpu_computes_in_bfloat16_only_where_it_is_native(native, monkeypatch)
 
 MISTAKES = """
 match-train --data {mess}/none --out {new} => none.train: no such folder; a corpus is
-match-train --data {mess}/both --out {new} => test.train0: is also in .*train; one split only
-match-train --data {mess}/column --out {new} => labels.csv: must be CSV in UTF-8 with a column
+match-train --data {mess}/both --out {new} => test.train0: is in another split, too
 match-train --data {corpus} --out {new} --batch 99 => train: 62 identities, at least 99 are needed
 match-train --data {corpus} --out {new} --k 7 => --batch 6: must be at least --k 7
-match-train --data {corpus} --out {new} --seconds nan => --seconds nan: must be 0.24 to 60
-match-train --data {corpus} --out {new} --device cuda:77 => --device cuda:77: not here, use cpu or
+match-train --data {corpus} --out {new} --seconds nan => --seconds nan: must be at least 0.25
+match-train --data {corpus} --out {new} --device cuda:77 => --device cuda:77: not here
 match-train --data {corpus} --out {match} => --out .*: holds a run; name another folder, or --resume
 match-train --data {corpus} --out {match} --lr 0.1 --resume => the run in .* has --lr 0.05, not 0.1
-match-train --data {corpus} --out {mess}/cut --resume => last.pt: not a checkpoint, or damaged
-match-test --data {corpus} --match {mess}/none.pt --out {new} => none.pt: no such checkpoint
-gan-test --data {corpus} --gan {match}/best.pt --out {mess} => best.pt: holds MatchSettings, not
+match-train --data {corpus} --out {mess}/cut --resume => last.pt: no checkpoint, or damaged
+match-test --data {corpus} --match {mess}/none.pt --out {new} => none.pt: no checkpoint, or damaged .FileNotFoundError
+gan-test --data {corpus} --gan {match}/best.pt --out {mess} => best.pt: of the other training, MatchSettings
 generate {mess}/quiet.wav --gan {gan}/last.pt --out {new} => quiet.wav: silent
 """.strip().splitlines()
 
@@ -949,10 +948,9 @@ generate {mess}/quiet.wav --gan {gan}/last.pt --out {new} => quiet.wav: silent
 def mess(tmp_path_factory, runs):
     """A folder of faulty corpora, a silent recording and a checkpoint cut short."""
     root = tmp_path_factory.mktemp("mess")
-    for name in ("both", "column", "cut"):
+    for name in ("both", "cut"):
         plain_corpus(root / name, 6)
     shutil.copytree(root / "both/train/train0", root / "both/test/train0")
-    (root / "column/labels.csv").write_text("name;gender\n1;f\n")
     write_wav(root / "quiet.wav", np.zeros(16000))
     (root / "cut/last.pt").write_bytes((runs.match / "last.pt").read_bytes()[:9000])
     return root
@@ -972,7 +970,7 @@ def bench():
     torch.set_num_threads(os.cpu_count())
     root = Path(tempfile.mkdtemp())
     run("make-data", root / "few", "--identities", 200)
-    split, cfg = v.open_corpus(root / "few", dict(train=2)), v.PAPER["match-train"]
+    split, cfg = v.open_corpus(root / "few", dict(train=2)), v.PAPER[v.MatchSettings]
     pairs = v.PairDataset(split["train"], v.MatchSettings(**cfg), 64, 0, shuffle=True)
     seconds = min(timeit.repeat(lambda: pairs[0], number=1, repeat=9))
     print(f"6 s of WAV and a 128x128 JPEG, one core: {64 / seconds:.0f} pairs/s at best")
