@@ -463,11 +463,10 @@ def gan_train(cfg):
 
     for rng, speech, real in run.batches(pairs):  # (B, T), (B, 3, H, W)
         z = torch.randn(len(real), EMBED, generator=rng).to(real.device)  # (B, D)
-        others = sample_candidates(len(real), 2, rng)[:, 1]  # (B,): somebody else for each
         with machine.autocast:
             with torch.no_grad():  # S is frozen [ours]
                 c_pos = speech_encoder(speech)  # c+: (B, T) -> (B, D)
-            c_neg = c_pos[others]  # c-: (B, D)
+            c_neg = c_pos[sample_candidates(len(real), 2, rng)[:, 1]]  # c-: (B, D), others' voices
             fake = train_g(z, c_pos)  # (B, D), (B, D) -> (B, 3, H, W)
             phi, psi = train_d(torch.cat([real, fake.detach()]))  # (2B, D), (2B,)
         (phi_real, phi_fake), (psi_real, psi_fake) = phi.chunk(2), psi.chunk(2)
