@@ -59,6 +59,7 @@ EMBED = 128  # D [paper §3.2]
 
 class UserError(ValueError):
     """What the user can mend, raised wherever input is of no use: one line, exit code 2."""
+
 # ==== 1. Inference: two encoders and the K-way loss   [paper §3.1] ================================
 PASE_KERNELS = (251, 20, 11, 11, 11, 11, 11, 11)  # [PASE]; the first is the sinc layer
 PASE_STRIDES = (1, 10, 2, 1, 2, 1, 2, 2)  # [PASE]; 160 in all, so that 6 s are 600 frames
@@ -635,11 +636,13 @@ def validate(model, split, run, runs=1):
 
 # What c and z control [paper QLA 1 to 3, by eye there], as a probe reads it from drawn faces [ours]
 
-def fit_probe(faces, targets, ridge=10.0):
+def fit_probe(faces, targets, noise=0.1):
     """The linear map (M, E) that best reads targets (N, E) off the pixels of faces (N, 3, H, W).
-    Ridge regression; the only thing that ever learns from a label."""
+    Ridge regression: least squares as if each pixel had noise of this deviation [ours], so that it
+    does not hang on what drawn faces lack. The only thing that ever learns from a label."""
     x = pixels(faces)  # (N, M)
-    return torch.linalg.solve(x.T @ x + ridge * torch.eye(x.shape[1]), x.T @ targets)  # (M, E)
+    ridge = len(x) * noise**2 * torch.eye(x.shape[1])  # (M, M)
+    return torch.linalg.solve(x.T @ x + ridge, x.T @ targets)  # (M, E)
 
 def pixels(faces):
     """(N, 3, H, W) -> (N, M): shrunk to 32 x 32, a row for each, and a 1."""
@@ -655,23 +658,23 @@ def variance_shares(read):
 def control_scores(model, corpus, labels, machine, voices=48, noises=16):
     """{control/<factor>/...}: of what the probe reads in faces drawn of V voices by Z noises.
     c, z: percent of the variance; voice: r with the voice; probe: r with the truth, true faces."""
-    batches = [sample_batch(corpus["train"], model.match, 2000, seed, machine) for seed in range(3)]
-    known = numbers([labels[name] for *_, names in batches for name in names], FACTORS)  # (P, E)
+    _, faces, names = sample_batch(corpus["train"], model.match, 2000, 0, machine)
+    known = numbers([labels[name] for name in names], FACTORS)  # (P, E)
     targets = (known - known.mean(0)) / known.std(0).clamp(min=1e-6)  # (P, E)
-    probe = fit_probe(torch.cat([faces.cpu() for _, faces, _ in batches]), targets)  # (M, E)
+    probe = fit_probe(faces.cpu(), targets)  # (M, E)
     speech, faces, names = sample_batch(corpus["test"], model.match, 400, 0, machine)
     people, seen = [labels[name] for name in names], pixels(faces.cpu()) @ probe  # (N, E)
     z = torch.randn(noises, EMBED, generator=torch.Generator().manual_seed(0))  # (Z, D)
     c = apply(model.speech_encoder, speech[:voices])  # (V, D)
     read = torch.stack([pixels(generate_faces(model, one, z)) @ probe for one in c])  # (V, Z, E)
-    shown, metrics = ["gender", *(f"voice_{name}" for name in LINKED)], {}  # by voices
+    heard, metrics = ["gender", *(f"voice_{name}" for name in LINKED)], {}  # as FACTORS begin
     for e, name in enumerate(FACTORS):
         for cause, share in variance_shares(read).items():
             metrics[f"control/{name}/{cause}"] = share[e].item()
         truth = numbers(people, [name])[:, 0]  # (N,)
         metrics[f"control/{name}/probe"] = np.corrcoef(seen[:, e], truth)[0, 1]
-        if e < len(shown):  # the linked ones come first
-            voice = numbers(people[:voices], [shown[e]] * noises)  # (V, Z)
+        if e < len(heard):
+            voice = numbers(people[:voices], [heard[e]]).expand(-1, noises)  # (V, 1) -> (V, Z)
             r = np.corrcoef(read[..., e].flatten(), voice.flatten())  # (2, 2)
             metrics[f"control/{name}/voice"] = r[0, 1]
     right = (read[..., 0] > 0) == (numbers(people[:voices], ["gender"]) > 0.5)  # (V, Z), (V, 1)
@@ -680,13 +683,12 @@ def control_scores(model, corpus, labels, machine, voices=48, noises=16):
 
 # ==== 5. Figures 2 to 6, the reports, faces for any recording =====================================
 THEIRS = {"real/f-v/2": 88.47, "f-v/2": 95.14, "preferred": 76.65, "qta1/different/c": 0.46,
-          "qta1/same/c": 0.28, "qta1/different/face": 0.27,
-          "qta1/same/face": 0.15}  # [paper §4]
+          "qta1/same/c": 0.28, "qta1/different/face": 0.27, "qta1/same/face": 0.15}  # [paper §4]
 
 def to_image(face):
     """(3, H, W) in [-1, 1] -> a PIL picture."""
-    pixels = ((face.cpu() + 1) * 127.5).round().clamp(0, 255).byte()
-    return Image.fromarray(pixels.permute(1, 2, 0).numpy())  # (3, H, W) -> (H, W, 3)
+    values = ((face.cpu() + 1) * 127.5).round().clamp(0, 255).byte()
+    return Image.fromarray(values.permute(1, 2, 0).numpy())  # (3, H, W) -> (H, W, 3)
 
 def plot_grid(path, rows, titles, side=128, line=24):
     """A picture of faces: rows of (n, 3, H, W), each under its title."""
@@ -726,10 +728,10 @@ def plot_figures(model, split, path, machine, seed=0, columns=7):
                  (f"{names[a]}; between two z", true[a:a + 1], generate_faces(model, c[a], noises)),
                  (f"{names[a]}: true face; a drawn one; the true ones nearest to that",
                   true[a:a + 1], fake[a:a + 1], true[nearest[a, :columns - 1]])]
-    cd_c, cd_f = distance_panels(c, fe, [{}] * len(c), seed)["all"]  # (N,), (N,)
-    n = np.histogram2d(2 - cd_f, cd_c, bins=32, range=((0, 2), (0, 2)))[0]  # (32, 32)
-    rows.append(("couples of voices: across CD(c1, c2), up CD(F(G(z1, c1)), F(G(z2, c2))), 0 to 2",
-                 torch.tensor(1 - 2 * n / n.max()).expand(1, 3, -1, -1)))
+    for cd_c, cd_f in distance_panels(c, fe, [{}] * len(c), seed).values():  # (N,), (N,)
+        n = np.histogram2d(2 - cd_f, cd_c, bins=32, range=((0, 2), (0, 2)))[0]  # (32, 32)
+        rows.append(("couples: across CD(c1, c2), up CD(F(G(z1, c1)), F(G(z2, c2))), both 0 to 2",
+                     torch.tensor(1 - 2 * n / n.max()).expand(1, 3, -1, -1)))
     plot_grid(path, [[face for part in parts for face in part] for _, *parts in rows],
               [title for title, *_ in rows])
 
@@ -782,11 +784,15 @@ def generate(args):
             raise UserError(f"{path}: silent where --seed {args.seed} listens")
         noise.manual_seed(args.seed if to_picture else args.seed + number)  # one z a column
         z = torch.randn(args.n, EMBED, generator=noise)  # (n, D)
-        rows.append(generate_faces(model, apply(model.speech_encoder, speech), z))  # (n, 3, H, W)
-        out = make_folder(Path(args.out).parent if to_picture else args.out)
-        for k, face in enumerate(() if to_picture else rows.pop(), start=1):
-            to_image(face).save(out / f"{number:04}_{Path(path).stem}_z{k}.png")
+        faces = generate_faces(model, apply(model.speech_encoder, speech), z)  # (n, 3, H, W)
+        if to_picture:
+            rows.append(faces)
+            continue
+        for k, face in enumerate(faces, start=1):
+            name = f"{number:04}_{Path(path).stem}_z{k}.png"
+            to_image(face).save(make_folder(args.out) / name)
     if to_picture:
+        make_folder(Path(args.out).parent)
         plot_grid(args.out, rows, args.inputs)
     print(f"{args.out}: {args.n} faces for each of {len(args.inputs)} recordings")
 
@@ -810,6 +816,7 @@ def open_corpus(data, least, machine=None):
         make_data(argparse.Namespace(identities=IDENTITIES, seed=0, inputs=data))
     if machine:
         machine.wait()
+    read_labels(data)  # a fault there shall not wait for the end of training
     corpus = {}
     for split, count in least.items():
         folder = Path(data, split)
@@ -822,7 +829,8 @@ def open_corpus(data, least, machine=None):
         if twice:
             raise UserError(f"{folder / twice[0]}: is in another split, too")
         if len(names) < count:
-            raise UserError(f"{folder}: {len(names)} identities, at least {count} are needed")
+            raise UserError(f"{folder}: {len(names)} identities, at least {count} are needed: "
+                            "--batch for training, --k for check-data, a few for tests")
         corpus[split] = Split(folder, names)
     return corpus
 
@@ -836,7 +844,10 @@ def read_labels(data):
     if not Path(data, "labels.csv").exists():
         return {}
     with open(Path(data, "labels.csv"), newline="", encoding="utf-8-sig", errors="replace") as f:
-        return {row.get("identity"): row for row in csv.DictReader(f)}
+        rows = list(csv.DictReader(f))
+    if rows and "identity" not in rows[0]:
+        raise UserError(f"{data}/labels.csv: must be CSV in UTF-8 with a column 'identity'")
+    return {row["identity"]: row for row in rows}
 
 def list_files(identity):
     """An identity's recordings and pictures, <clip>/<file> each."""
@@ -873,7 +884,8 @@ def load_speech(path, seconds=None, rng=None, moment=None):
                 if f.getsampwidth() != 2:
                     raise wave.Error("not 16-bit")
                 rate, channels = f.getframerate(), f.getnchannels()
-                start, stop = sample_window(f.getnframes(), rate, seconds, moment, rng)
+                held = os.path.getsize(path) // (2 * channels)  # a stream's header knows no length
+                start, stop = sample_window(min(f.getnframes(), held), rate, seconds, moment, rng)
                 f.setpos(start)
                 raw = np.frombuffer(f.readframes(stop - start), "<i2")
                 x = raw[:len(raw) // channels * channels].reshape(-1, channels)  # (T, channels)
@@ -1154,7 +1166,8 @@ class Machine:
         try:
             self.device = torch.zeros(1, device=name).device
         except (RuntimeError, AssertionError) as e:
-            raise UserError(f"--device {name}: not here ({str(e).splitlines()[0]})") from e
+            reason = str(e).splitlines()[0]
+            raise UserError(f"--device {name}: not here, use cpu or auto ({reason})") from e
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
             torch.backends.cudnn.benchmark = True  # batches have one shape: try all algorithms
@@ -1232,9 +1245,14 @@ class Run:
                             f"--lr; {path}, if there, is from before")
         state = {name: part.state_dict() for name, part in parts.items()} | more
         state |= dict(kind=type(self.cfg).__name__, settings=asdict(self.cfg), step=self.step)
-        torch.save(state, content := io.BytesIO())
-        Path(f"{path}.part").write_bytes(content.getbuffer())
-        os.replace(f"{path}.part", path)
+        content = io.BytesIO()
+        torch.save(state, content)
+        try:
+            Path(f"{path}.part").write_bytes(content.getbuffer())
+            os.replace(f"{path}.part", path)
+        except OSError as e:
+            raise UserError(f"{path}: cannot be written ({e.strerror}); what was saved before is "
+                            "whole: --resume goes on from there") from e
 
 def make_folder(path):
     """The folder `path`, created."""
@@ -1247,7 +1265,8 @@ def load_checkpoint(path, kind, device):
         state = torch.load(path, map_location=device, weights_only=True)  # runs no code
         found = state["kind"]
     except Exception as e:  # on a damaged file torch.load raises nearly anything
-        raise UserError(f"{path}: no checkpoint, or damaged ({type(e).__name__})") from e
+        raise UserError(f"{path}: no checkpoint, or damaged ({type(e).__name__}); match-train and "
+                        "gan-train write them") from e
     if found != kind.__name__:
         raise UserError(f"{path}: of the other training, {found}; {kind.__name__} is needed")
     return state
@@ -1260,13 +1279,16 @@ def restore(parts, state):
 def load_model(path, kind, machine):
     """The Model of a training with settings of this kind."""
     state, gan, g_ema = load_checkpoint(path, kind, machine.device), None, nn.Identity()
-    match = MatchSettings(**state.get("match", state["settings"]))
-    if kind is GanSettings:
-        gan = GanSettings(**state["settings"])
-        g_ema = Generator(match.size, gan.width)
-    speech_encoder, face_encoder = make_encoders(match, machine.device)
-    g_ema.to(machine.device, memory_format=torch.channels_last)
-    restore(dict(speech=speech_encoder, face=face_encoder, g_ema=g_ema), state)
+    try:
+        match = MatchSettings(**state.get("match", state["settings"]))
+        if kind is GanSettings:
+            gan = GanSettings(**state["settings"])
+            g_ema = Generator(match.size, gan.width)
+        speech_encoder, face_encoder = make_encoders(match, machine.device)
+        g_ema.to(machine.device, memory_format=torch.channels_last)
+        restore(dict(speech=speech_encoder, face=face_encoder, g_ema=g_ema), state)
+    except (TypeError, RuntimeError) as e:  # other settings, other layers
+        raise UserError(f"{path}: of another version of this file, train anew") from e
     return Model(match, speech_encoder.eval(), face_encoder.eval(), gan, g_ema)
 
 # ==== 9. Command line: the flags of a training are its settings ===================================
