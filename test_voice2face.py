@@ -789,7 +789,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(corpus, runs, tmp_path, capsys)
     argv = ["match-train", "--data", corpus, "--out", tmp_path, "--save-every", 2]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Path, "write_bytes", full)
-        assert "last.pt: cannot be written (disk full)" in refused(capsys, *argv)
+        assert re.search("last.pt: cannot be written.*disk full", refused(capsys, *argv))
     assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 2
     run(*argv, "--resume")
     assert left_by(tmp_path) == left_by(runs.match)  # nothing half written is left, either

@@ -40,9 +40,9 @@ Sources    [paper §x]; [PASE] Pascual et al. 2019; [SincNet] Ravanelli and Beng
            - the preset `small` hears 1.5 s and sees 64x64 pixels through narrower layers.
 """
 
-import argparse, copy, csv, datetime, functools, glob, io, itertools, json, math, os, signal, sys
-import tempfile, time, wave
-from collections import namedtuple
+import argparse, contextlib, copy, csv, datetime, functools, glob, io, itertools, json, math, os
+import sys, tempfile, time, wave
+from collections import Counter, namedtuple
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -50,8 +50,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torchaudio
-from PIL import Image, ImageDraw, ImageFont, ImageOps
-from torch import distributed, nn
+from PIL import Image, ImageDraw, ImageOps
+from torch import channels_last, distributed, nn
 from torch.nn import functional as F
 
 RATE = 16000  # samples per second of every waveform [PASE]
@@ -59,6 +59,14 @@ EMBED = 128  # D [paper §3.2]
 
 class UserError(ValueError):
     """What the user can mend, raised wherever input is of no use: one line, exit code 2."""
+
+@contextlib.contextmanager
+def as_user_error(what):
+    """Whatever fails inside (a decoder raises nearly anything) says `what`, and its own reason."""
+    try:
+        yield
+    except Exception as e:
+        raise UserError(f"{what}: {type(e).__name__}: {e}".splitlines()[0]) from e
 
 # ==== 1. Inference: two encoders and the K-way loss   [paper §3.1] ================================
 PASE_KERNELS = (251, 20, 11, 11, 11, 11, 11, 11)  # [PASE]; the first is the sinc layer
@@ -77,8 +85,9 @@ class SincConv(nn.Module):
         if kernel_size % 2 == 0:
             raise ValueError(f"sinc kernel must be odd, got {kernel_size}")
         self.stride = stride
-        lowest, highest = (2595 * math.log10(1 + hz / 700) for hz in (30, RATE / 2 - 100))  # mel
-        mel = torch.linspace(lowest, highest, filters + 1)  # (C+1,), from 30 Hz on [SincNet]
+        lowest, highest = (2595 * math.log10(1 + hz / 700)  # mel; edges before MIN_HZ [SincNet]
+                           for hz in (30, RATE / 2 - 2 * MIN_HZ))
+        mel = torch.linspace(lowest, highest, filters + 1)  # (C+1,)
         hz = 700 * (10 ** (mel / 2595) - 1)  # (C+1,)
         self.low_hz = nn.Parameter(hz[:-1, None])  # (C, 1)
         self.band_hz = nn.Parameter(hz.diff()[:, None])  # (C, 1)
@@ -88,14 +97,13 @@ class SincConv(nn.Module):
 
     def filters(self):
         """The impulse responses (C, M)."""
-        low = (MIN_HZ + self.low_hz.abs()).clamp(max=RATE / 2 - MIN_HZ)  # (C, 1); open band [ours]
+        low = (MIN_HZ + self.low_hz.abs()).clamp(max=RATE / 2 - MIN_HZ)  # (C, 1); room for a band
         high = (low + MIN_HZ + self.band_hz.abs()).clamp(max=RATE / 2)  # (C, 1)
         g = 2 * high * torch.sinc(2 * high * self.t) - 2 * low * torch.sinc(2 * low * self.t)
         return g * self.window / (2 * (high - low))  # (C, M); torch.sinc(0) is 1, without 0/0
 
     def forward(self, x):
-        g = self.filters()[:, None, None]  # (C, 1, 1, M)
-        return F.conv2d(x, g, stride=(1, self.stride))  # (B, 1, 1, T) -> (B, C, 1, L)
+        return F.conv2d(x, self.filters()[:, None, None], stride=(1, self.stride))  # (B, C, 1, L)
 
 def scale_normalize(x, scale):
     """Embeddings (B, D) of one length: inner products become scale^2 cos [ours].
@@ -110,9 +118,10 @@ class SpeechEncoder(nn.Module):
     def __init__(self, width=64, sinc_stride=1, scale=1.0):
         super().__init__()
         self.scale, widths, layers = scale, [width * w for w in PASE_WIDTHS], []
-        for i, (kernel, stride) in enumerate(zip(PASE_KERNELS, PASE_STRIDES)):
+        strides = sinc_stride, *PASE_STRIDES[1:]
+        for i, (kernel, stride) in enumerate(zip(PASE_KERNELS, strides)):
             pads = ((kernel - 1) // 2, kernel // 2, 0, 0)  # so that stride s leaves ceil(L / s)
-            conv = SincConv(width, kernel, sinc_stride) if i == 0 else nn.Conv2d(
+            conv = SincConv(width, kernel, stride) if i == 0 else nn.Conv2d(
                 widths[i - 1], widths[i], (1, kernel), (1, stride), bias=False)
             layers += [nn.ReflectionPad2d(pads), conv, nn.BatchNorm2d(widths[i]),
                        nn.PReLU(widths[i], init=0.0)]  # [PASE]
@@ -130,7 +139,7 @@ class DBlock(nn.Module):
     """Residual block of [SNGAN]'s discriminator: (B, C, H, W) -> (B, C', H/2, W/2), or C', H, W."""
     def __init__(self, channels, out, first=False, down=True):
         super().__init__()
-        self.first, self.down, hidden = first, down, out if first else channels  # [SNGAN]
+        self.first, self.down, hidden = first, down, (out if first else channels)  # [SNGAN]
         self.conv1 = nn.Conv2d(channels, hidden, 3, padding=1)
         self.conv2 = nn.Conv2d(hidden, out, 3, padding=1)
         self.skip = nn.Conv2d(channels, out, 1)
@@ -144,8 +153,8 @@ class DBlock(nn.Module):
 
 class FaceEncoder(nn.Module):
     """F: faces (B, 3, H, W) -> embeddings (B, D). The body of [SNGAN]'s projection discriminator.
-    Blocks halve the side down to 4, one more keeps it; ReLU, a sum over the 4x4 places, a linear
-    map [ours]. No batch norm: as a discriminator F is differentiated twice."""
+    Blocks halve the side down to 4, one more keeps it; ReLU, a sum over the 4x4 places [SNGAN], a
+    linear map [ours]. No batch norm: R1 is about the gradient of each face alone."""
     def __init__(self, size=128, width=64, scale=1.0):
         super().__init__()
         self.scale, downs = scale, int(math.log2(size)) - 2
@@ -184,8 +193,7 @@ def sample_candidates(rows, k, generator):
     around the end: every other row is equally likely, each a negative equally often [ours]."""
     if rows < k:
         raise UserError(f"K = {k} needs {k} identities at once, only {rows} could be read")
-    shifts = torch.randperm(rows - 1, generator=generator)[:k - 1] + 1  # (K-1,) of 1 ... rows-1
-    shifts = torch.cat([torch.zeros(1, dtype=torch.long), shifts])  # (K,)
+    shifts = F.pad(torch.randperm(rows - 1, generator=generator)[:k - 1] + 1, (1, 0))  # (K,)
     return (torch.arange(rows)[:, None] + shifts) % rows  # (rows, 1) + (K,) -> (rows, K)
 
 def match_logits(speech, faces, candidates, direction):
@@ -203,8 +211,8 @@ def top1(logits):
 class AdaIN(nn.Module):
     """The style sets mean and deviation of each channel [StyleGAN]: x (B, C, H, W), style (B, 2D).
         AdaIN(x, y) = (1 + scale(y)) (x - mean(x)) / std(x) + shift(y),   mean, std over H and W
-    scale and shift are linear in the style y = [z, c]. With c alone only c could set a colour, for
-    the normalisation wipes out the mean of what comes from below [ours]."""
+    scale and shift are linear in the style y = [z, c]. Were it c alone, z could set no colour, for
+    the normalisation wipes out the means of what comes from below [ours]."""
     def __init__(self, channels):
         super().__init__()
         self.style = nn.Linear(2 * EMBED, 2 * channels)
@@ -239,16 +247,15 @@ def double(x):
 class Generator(nn.Module):
     """G: z (B, D) and c (B, D) -> faces (B, 3, H, W) in [-1, 1].
     A linear map of [z, c] to 4x4 places, blocks that double the side, tanh [SNGAN]; AdaIN in each
-    layer [paper §3.2]. In [SNGAN] width is 64, size 128. c is read with length 1, for it varies in
-    few directions, z in 128 with variance 1 each [ours]."""
+    layer [paper §3.2]. In [SNGAN] width is 64, size 128. c is read with length 1: varying in few
+    directions, it then does so in each about as much as z does in its 128 [ours]."""
     def __init__(self, size=128, width=64):
         super().__init__()
         ups = int(math.log2(size)) - 2
         widths = [width * 2 ** min(i, 4) for i in range(ups, -1, -1)]  # 1024 1024 512 256 128 64
         self.first = nn.Linear(2 * EMBED, widths[0] * 4 * 4)
         self.blocks = nn.ModuleList(GBlock(*pair) for pair in zip(widths, widths[1:]))
-        self.norm = AdaIN(widths[-1])
-        self.last = nn.Conv2d(widths[-1], 3, 3, padding=1)
+        self.norm, self.last = AdaIN(widths[-1]), nn.Conv2d(widths[-1], 3, 3, padding=1)
         init_convs(self)
         nn.init.xavier_uniform_(self.last.weight, 0.3)  # tanh starts where it has a slope [ours]
 
@@ -268,7 +275,7 @@ class Discriminator(nn.Module):
     one length only silhouettes were learned [ours]. Losses take differences: no bias."""
     def __init__(self, face_encoder, weight=1.0):
         super().__init__()
-        self.phi, self.weight = copy.deepcopy(face_encoder).requires_grad_(True), weight
+        self.phi, self.weight = copy.deepcopy(face_encoder), weight
         self.psi = nn.Linear(face_encoder.head.in_features, 1, bias=False)
         nn.init.normal_(self.psi.weight, std=0.01)  # [ours]
 
@@ -277,9 +284,7 @@ class Discriminator(nn.Module):
         phi = scale_normalize(self.phi.head(h), self.phi.scale)  # (B, C) -> (B, D)
         return self.weight * phi, self.psi(h)[:, 0].float()  # (B, C) -> (B, 1) -> (B,)
 
-def inner(c, phi):
-    """<c, phi>: (B, D), (B, D) -> (B,)."""
-    return (c * phi).sum(1)
+inner = torch.linalg.vecdot  # <c, phi>: (B, D), (B, D) -> (B,)
 
 def logit(c, phi, psi):
     """g(f, c) = <c, phi(f)> + psi(f): Eq. 2 with Eq. 3's c = S(s); (B, D), (B, D), (B,) -> (B,)."""
@@ -287,27 +292,28 @@ def logit(c, phi, psi):
 
 def rel_loss(g_real, g_fake):
     """-E log A(g(real, c+) - g(fake, c+)): Eq. 4 in Eq. 6; logits (B,), (B,) -> ().
-    A is the sigmoid: -log A(x) = softplus(-x). For G real and fake change places."""
-    return F.softplus(-(g_real - g_fake)).mean()
+    A is the sigmoid. For G real and fake change places."""
+    return -F.logsigmoid(g_real - g_fake).mean()
 
 def relid_loss(g_real, g_fake, match, mismatch):
     """-E log A(g(real, c+) - g(fake, c+) + <c+, phi(real)> - <c-, phi(real)>): Eq. 5 in Eq. 6.
     All (B,). match = <c+, phi(real)>, which g(real, c+) holds once already, and mismatch =
     <c-, phi(real)> keep D asking who fits whom, which phi would forget [paper §3.2]. Our reading:
     one sigmoid around all terms, as in Eq. 4; for G the fake takes the real face's place in all."""
-    return F.softplus(-(g_real - g_fake + match - mismatch)).mean()
+    return -F.logsigmoid(g_real - g_fake + match - mismatch).mean()
 
 def r1_penalty(discriminator, faces, c):
     """R1 = E |grad_f g(f, c)|^2 over faces (B, 3, H, W), without gamma / 2: -> () [R1]."""
     faces = faces.detach().requires_grad_(True)
-    grad, = torch.autograd.grad(logit(c, *discriminator(faces)).sum(), faces, create_graph=True)
+    g = logit(c, *discriminator(faces))  # (B,)
+    grad = torch.autograd.grad(g.sum(), faces, create_graph=True)[0]  # (B, 3, H, W)
     return grad.square().sum((1, 2, 3)).mean()  # (B, 3, H, W) -> (B,) -> ()
 
 # ==== 3. Training both stages   [paper §3, §4] ====================================================
 DIRECTIONS, SPLITS = ("v-f", "f-v"), ("train", "val", "test")
 SYNTHETIC = "data/synthetic"  # the one corpus that is made where it is missing
 MOMENTUM, WEIGHT_DECAY = 0.9, 1e-4  # of SGD [ours]
-SINC_LR = 1e4  # learning rate of the sinc cut-offs, being in Hz, in units of the others' [ours]
+SINC_LR = 1e4  # the sinc cut-offs, being in Hz, learn this many times faster [ours]
 MAX_NORM = 1.0  # length to which longer gradients are cut [ours]
 BETAS = (0.0, 0.99)  # of Adam [StyleGAN]
 R1_EVERY = 16  # R1 is computed in each 16th step, times 16 [StyleGAN2]
@@ -379,21 +385,16 @@ def warm_cosine(step, steps):
     warm = max(1, steps // 10)
     if step <= warm:
         return step / warm
-    return 0.5 * (1 + math.cos(math.pi * (step - 1 - warm) / max(1, steps - warm)))
-
-def late_fall(step, steps):
-    """Share of the peak rate in steps 1, 2, ...: down to 0 from half-way on [ours]."""
-    return min(1, 2 - 2 * (step - 1) / steps)
+    return 0.5 * (1 + math.cos(math.pi * (step - 1 - warm) / (steps - warm)))
 
 def descend(optimizer, loss, share, max_norm=math.inf):
     """One step down the loss at a share of the peak rates, those the optimizer was made with."""
     for group in optimizer.param_groups:
-        group["lr"] = share * group.setdefault("peak", group["lr"])  # saved with its state
+        group["lr"] = share * group.setdefault("peak", group["lr"])  # kept by the first call
     optimizer.zero_grad()
     loss.backward()
-    if max_norm < math.inf:
-        weights = [p for group in optimizer.param_groups for p in group["params"]]
-        nn.utils.clip_grad_norm_(weights, max_norm)
+    weights = [p for group in optimizer.param_groups for p in group["params"]]
+    nn.utils.clip_grad_norm_(weights, max_norm)
     optimizer.step()
 
 def match_train(cfg):
@@ -404,7 +405,7 @@ def match_train(cfg):
     torch.manual_seed(cfg.seed)
     speech_encoder, face_encoder = make_encoders(cfg, machine.device)
     model = Model(cfg, speech_encoder, face_encoder)
-    low_hz, band_hz, *weights = (*speech_encoder.parameters(), *face_encoder.parameters())
+    low_hz, band_hz, *weights = *speech_encoder.parameters(), *face_encoder.parameters()
     groups = [dict(params=weights, weight_decay=WEIGHT_DECAY),
               dict(params=[low_hz, band_hz], lr=cfg.lr * SINC_LR)]  # the sinc layer's
     optimizer = torch.optim.SGD(groups, cfg.lr, MOMENTUM)  # [paper §4]
@@ -422,8 +423,7 @@ def match_train(cfg):
         with machine.autocast:
             se, fe = train_s(speech), train_f(faces)  # (B, T) -> (B, D), (B, 3, H, W) -> (B, D)
         logits = match_logits(se, fe, candidates, cfg.direction)  # (B, D), (B, D) -> (B, K)
-        positive = torch.zeros(len(logits), dtype=torch.long, device=logits.device)  # column 0
-        loss = F.cross_entropy(logits, positive)  # Eq. 1
+        loss = -logits.log_softmax(1)[:, 0].mean()  # Eq. 1: (B, K) -> (); column 0 is the positive
         descend(optimizer, loss, warm_cosine(run.step, cfg.steps), MAX_NORM)
 
         run.log(loss=loss, accuracy=100 * top1(logits).mean())
@@ -438,18 +438,16 @@ def match_train(cfg):
     if machine.is_first:
         model = load_model(run.folder / "best.pt", MatchSettings, machine)
         report(model, corpus["test"], cfg, machine)
-    machine.wait()
 
 def gan_train(cfg):
     """Train G and D [paper §3.2]; g_ema, the running average of G, is what is kept and tested."""
     machine = Machine(cfg.device)
     corpus = open_corpus(cfg.data, dict(train=cfg.batch, val=2, test=2), machine)
     run = Run(cfg, machine)
-    trained = (run.last, GanSettings) if run.step else (cfg.match, MatchSettings)
+    trained = (run.last, GanSettings) if run.step else (cfg.match, MatchSettings)  # both hold S, F
     match, speech_encoder, face_encoder, *_ = load_model(*trained, machine)
     torch.manual_seed(cfg.seed)
-    generator = Generator(match.size, cfg.width)
-    generator.to(machine.device, memory_format=torch.channels_last)
+    generator = Generator(match.size, cfg.width).to(machine.device, memory_format=channels_last)
     discriminator = Discriminator(face_encoder, cfg.weight).to(machine.device)
     g_ema = copy.deepcopy(generator)
     update_ema = torch.optim.swa_utils.get_ema_multi_avg_fn(cfg.ema_decay)
@@ -477,10 +475,10 @@ def gan_train(cfg):
         loss_d = (relid_loss(g_real, g_fake, match_real, mismatch_real)  # Eq. 5 in Eq. 6: ()
                   if cfg.loss == "relid" else rel_loss(g_real, g_fake))  # Eq. 4 in Eq. 6: ()
         r1 = r1_penalty(train_d, real, c_pos) if run.step % R1_EVERY == 0 else 0.0  # ()
-        share = late_fall(run.step, cfg.steps)  # of both learning rates
+        share = min(1, 2 - 2 * (run.step - 1) / cfg.steps)  # of both rates: falls from half-way on
         descend(d_optimizer, loss_d + cfg.gamma / 2 * R1_EVERY * r1, share)
 
-        discriminator.requires_grad_(False)  # G's step trains G alone; D has moved: asked anew
+        discriminator.requires_grad_(False)  # G's step trains G alone, against the new D
         with machine.autocast:
             (phi_fake, psi_fake), (phi_real, psi_real) = discriminator(fake), discriminator(real)
         g_real, g_fake = logit(c_pos, phi_real, psi_real), logit(c_pos, phi_fake, psi_fake)  # (B,)
@@ -499,26 +497,20 @@ def gan_train(cfg):
             run.save("last.pt", parts, match=asdict(match))
     if machine.is_first:
         report(model, corpus["test"], cfg, machine)
-    machine.wait()
 
 # ==== 4. Evaluation: K-way tests [paper §4, Tables 1, 2], their ceiling, QTA 1 to 3, what c, z do =
-# A test takes one clip of each identity. Every run draws fresh windows, pictures, negatives and z.
+# A test takes one clip of each identity. Each run draws new negatives; windows, pictures, z [ours].
 # The judge is the first stage's F, not phi. people: the N clips' rows of labels.csv.
-TASKS = list(itertools.product(DIRECTIONS, (2, 10)))  # K of the tests [paper §4]
-RANKS = (1, 2, 5, 10)  # of R@k [paper Table 3]
 GALLERY = 5000  # faces to retrieve from, at most [paper §4]
-
 # Trained networks and their settings; the last two are gan-train's.
 Model = namedtuple("Model", "match speech_encoder face_encoder gan g_ema", defaults=(None, None))
 
-@torch.no_grad()
 def embed(model, split, seed, machine, workers=0):
     """A pair of each identity: speech (N, D), faces (N, D), identity (N,); eval mode afterwards."""
     pairs, rows = PairDataset(split, model.match, model.match.batch, seed), []
-    speech_encoder, face_encoder = model.speech_encoder.eval(), model.face_encoder.eval()
     batches = range(math.ceil(len(split.names) / pairs.batch))
-    for speech, faces, identity, _ in load_batches(pairs, batches, workers, machine.device):
-        rows.append((speech_encoder(speech).cpu(), face_encoder(faces).cpu(), identity))
+    for speech, faces, who, _ in load_batches(pairs, batches, workers, machine.device):
+        rows.append((apply(model.speech_encoder, speech), apply(model.face_encoder, faces), who))
     se, fe, identity = (torch.cat(column) for column in zip(*rows))  # (N, D), (N, D), (N,)
     if len(identity) < 2:
         raise UserError(f"{split.folder}: too few people can be read (run check-data)")
@@ -530,7 +522,7 @@ def matching_scores(speech, faces, people, seed, prefix=""):
     genders, scores = np.array([row.get("gender") or "" for row in people]), {}
     alike = [torch.from_numpy(np.flatnonzero(genders == g)) for g in sorted({*genders} - {""})]
     generator = torch.Generator().manual_seed(seed)
-    for (direction, k), suffix in itertools.product(TASKS, ("", "/gender")):
+    for direction, k, suffix in itertools.product(DIRECTIONS, (2, 10), ("", "/gender")):
         hits = []
         for rows in alike if suffix else [torch.arange(len(speech))]:
             if len(rows) >= k:
@@ -542,11 +534,10 @@ def matching_scores(speech, faces, people, seed, prefix=""):
     return scores
 
 def oracle_embeddings(people):
-    """What perfect encoders would answer for people with known factors: two of (N, E).
-    For standard normals v, f of correlation r the best score for Eq. 1 is
+    """What perfect encoders, which no method can beat, would answer where factors are known: two
+    of (N, E). For standard normals v, f of correlation r the best score for Eq. 1 is
         log p(v, f) / (p(v) p(f)) = const + a v f - b v^2 - b f^2,  a = r / (1 - r^2), b = r a / 2,
-    an inner product, <(a v, -b v^2, 1), (f, 1, -b f^2)>; a face of the other gender is impossible.
-    No method can expect to do better."""
+    an inner product, <(a v, -b v^2, 1), (f, 1, -b f^2)>; the other gender is impossible."""
     a, b = LINK / (1 - LINK**2), LINK**2 / (1 - LINK**2) / 2
     v = numbers(people, [f"voice_{name}" for name in LINKED])  # (N, 3)
     f, gender = numbers(people, LINKED), 2 * numbers(people, ["gender"]) - 1  # (N, 3), (N, 1)
@@ -564,31 +555,25 @@ def distance_panels(c, fake, people, seed):
     cd_c, cd_f = (1 - F.cosine_similarity(x, x[other]) for x in (c, fake))  # (N, D) -> (N,)
     genders = np.array([row.get("gender") or "" for row in people])
     alike = torch.from_numpy(genders == genders[other])  # (N,)
-    panels = {"all": (cd_c, cd_f)}
-    if all(genders):
-        panels |= {"different": (cd_c[~alike], cd_f[~alike]), "same": (cd_c[alike], cd_f[alike])}
-    return {couples: panel for couples, panel in panels.items() if len(panel[0]) > 2}
+    masks = {"all": alike | True} | ({"different": ~alike, "same": alike} if all(genders) else {})
+    return {couples: (cd_c[m], cd_f[m]) for couples, m in masks.items() if m.sum() > 2}
 
 def recall(distances, name):
-    """QTA 3: {name/k: R@k in percent} of distances (G, G), where face i is query i's own."""
+    """QTA 3, Table 3: {name/k: R@k in percent} of distances (G, G); face i is query i's own."""
     rank = (distances <= distances.diagonal()[:, None]).sum(1)  # (G, G) -> (G,), 1 is the nearest
-    return {f"{name}/{k}": 100 * (rank <= k).float().mean().item() for k in RANKS}
+    return {f"{name}/{k}": 100 * (rank <= k).float().mean().item() for k in (1, 2, 5, 10)}
 
 @torch.no_grad()
 def apply(network, *inputs):
-    """network(*inputs), (N, ...), on the CPU, 32 rows at a time on the network's device."""
-    device, chunks = next(network.parameters()).device, zip(*(x.split(32) for x in inputs))
+    """network(*inputs) in eval mode, on the CPU, of (N, ...) each or of one (...) for all."""
+    device = next(network.eval().parameters()).device
+    chunks = zip(*(x.split(32) for x in torch.broadcast_tensors(*inputs)))  # 32 rows at a time
     return torch.cat([network(*(x.to(device) for x in chunk)).cpu() for chunk in chunks])
-
-def generate_faces(model, c, z):
-    """G(z, c), (N, 3, H, W), on the CPU, of z and c, (N, D) each or one of them (D,) for all."""
-    return apply(model.g_ema, *torch.broadcast_tensors(z, c))
 
 def drawn_scores(c, fake, real, people, seed):
     """One run of QTA 1 to 3 and the K-way tests on drawn faces; c, fake, real (N, D) embeddings."""
     preferred = top1(torch.stack([inner(c, fake), inner(c, real)], 1))  # (N, 2) -> (N,)
-    scores = {"preferred": 100 * preferred.mean().item()}
-    scores |= matching_scores(c, fake, people, seed)
+    scores = {"preferred": 100 * preferred.mean().item()} | matching_scores(c, fake, people, seed)
     for couples, (cd_c, cd_f) in distance_panels(c, fake, people, seed).items():
         scores |= {f"qta1/{couples}/c": cd_c.mean().item(),
                    f"qta1/{couples}/face": cd_f.mean().item(),
@@ -599,7 +584,7 @@ def drawn_scores(c, fake, real, people, seed):
     return scores | recall(-F.normalize(fake) @ F.normalize(real).T, "retrieval/cosine")
 
 def evaluate(model, split, labels, cfg, runs, machine):
-    """All scores on a split, in percent: {key: mean, key/std: deviation} over runs.
+    """All scores on a split: {key: mean, key/std: deviation} over runs.
     A generator's true faces are real/; oracle/ is there where factors are known."""
     found, metrics = {}, {}  # {key: a score per run}, {key: a number}
     for seed in range(cfg.seed + 1000, cfg.seed + 1000 * (runs + 1), 1000):
@@ -609,7 +594,7 @@ def evaluate(model, split, labels, cfg, runs, machine):
         scores = matching_scores(c, real, people, seed, "real/" if model.gan else "")
         if model.gan:
             z = torch.randn(c.shape, generator=torch.Generator().manual_seed(seed))  # (N, D)
-            fake = apply(model.face_encoder, generate_faces(model, c, z))  # (N, D)
+            fake = apply(model.face_encoder, apply(model.g_ema, z, c))  # (N, D)
             scores |= drawn_scores(c, fake, real, people, seed)
         if all("voice_age" in row for row in people):
             voices, faces = oracle_embeddings(people)  # (N, E), (N, E)
@@ -629,17 +614,12 @@ def validate(model, split, run, runs=1):
     shown = [key for key in ("preferred", "v-f/2", "v-f/10", "f-v/2", "f-v/10") if key in metrics]
     print(f"step {run.step} val", *(f" {key} {metrics[key]} %" for key in shown), flush=True)
     if model.gan:
-        path = make_folder(run.folder / "samples") / f"{run.step:06}.png"
-        plot_figures(model, split, path, run.machine)
-    direction = model.match.direction
-    return metrics.get(f"{direction}/10", metrics[f"{direction}/2"])
-
-# What c and z control [paper QLA 1 to 3, by eye there], as a probe reads it from drawn faces [ours]
+        plot_figures(model, split, run.folder / f"samples/{run.step:06}.png", run.machine)
+    return metrics.get(f"{model.match.direction}/10", metrics[f"{model.match.direction}/2"])
 
 def fit_probe(faces, targets, noise=0.1):
-    """The linear map (M, E) that best reads targets (N, E) off the pixels of faces (N, 3, H, W).
-    Ridge regression: least squares as if each pixel had noise of this deviation [ours], so that it
-    does not hang on what drawn faces lack. The only thing that ever learns from a label."""
+    """The linear map (M, E) that best reads targets (N, E) off pixels of faces (N, 3, H, W): ridge
+    regression, as if pixels had this noise [ours], lest it hang on what drawn faces lack."""
     x = pixels(faces)  # (N, M)
     ridge = len(x) * noise**2 * torch.eye(x.shape[1])  # (M, M)
     return torch.linalg.solve(x.T @ x + ridge, x.T @ targets)  # (M, E)
@@ -649,34 +629,30 @@ def pixels(faces):
     return F.pad(F.adaptive_avg_pool2d(faces, 32).flatten(1), (0, 1), value=1.0)
 
 def variance_shares(read):
-    """{"c", "z": percent of the variance of (V voices, Z, E) that is due to it alone, (E,)}.
-    Two-way analysis of variance: the means over z vary by c alone, those over c by z alone."""
+    """Two-way analysis of variance of (V voices, Z, E): {"c", "z": percent by it alone, (E,)}."""
     total = read.var((0, 1), correction=0) / 100  # (V, Z, E) -> (E,)
     return {"c": read.mean(1).var(0, correction=0) / total,  # (V, Z, E) -> (V, E) -> (E,)
             "z": read.mean(0).var(0, correction=0) / total}  # (V, Z, E) -> (Z, E) -> (E,)
 
 def control_scores(model, corpus, labels, machine, voices=48, noises=16):
-    """{control/<factor>/...}: of what the probe reads in faces drawn of V voices by Z noises.
-    c, z: percent of the variance; voice: r with the voice; probe: r with the truth, true faces."""
+    """QLA 1 to 3, by eye in the paper: {control/<factor>/...} of what a probe reads in faces drawn
+    of V voices by Z noises. c, z: percent of variance; voice, probe: r with voice, true face."""
     _, faces, names = sample_batch(corpus["train"], model.match, 2000, 0, machine)
     known = numbers([labels[name] for name in names], FACTORS)  # (P, E)
-    targets = (known - known.mean(0)) / known.std(0).clamp(min=1e-6)  # (P, E)
-    probe = fit_probe(faces.cpu(), targets)  # (M, E)
+    probe = fit_probe(faces.cpu(), known - known.mean(0))  # (M, E); alone learns from labels
     speech, faces, names = sample_batch(corpus["test"], model.match, 400, 0, machine)
     people, seen = [labels[name] for name in names], pixels(faces.cpu()) @ probe  # (N, E)
     z = torch.randn(noises, EMBED, generator=torch.Generator().manual_seed(0))  # (Z, D)
     c = apply(model.speech_encoder, speech[:voices])  # (V, D)
-    read = torch.stack([pixels(generate_faces(model, one, z)) @ probe for one in c])  # (V, Z, E)
+    read = torch.stack([pixels(apply(model.g_ema, z, one)) @ probe for one in c])  # (V, Z, E)
     heard, metrics = ["gender", *(f"voice_{name}" for name in LINKED)], {}  # as FACTORS begin
     for e, name in enumerate(FACTORS):
         for cause, share in variance_shares(read).items():
             metrics[f"control/{name}/{cause}"] = share[e].item()
-        truth = numbers(people, [name])[:, 0]  # (N,)
-        metrics[f"control/{name}/probe"] = np.corrcoef(seen[:, e], truth)[0, 1]
+        metrics[f"control/{name}/probe"] = np.corrcoef(seen[:, e], numbers(people, [name]).T)[0, 1]
         if e < len(heard):
-            voice = numbers(people[:voices], [heard[e]]).expand(-1, noises)  # (V, 1) -> (V, Z)
-            r = np.corrcoef(read[..., e].flatten(), voice.flatten())  # (2, 2)
-            metrics[f"control/{name}/voice"] = r[0, 1]
+            voice = numbers(people[:voices], [heard[e]]).expand(-1, noises).flatten()  # (V Z,)
+            metrics[f"control/{name}/voice"] = np.corrcoef(read[..., e].flatten(), voice)[0, 1]
     right = (read[..., 0] > 0) == (numbers(people[:voices], ["gender"]) > 0.5)  # (V, Z), (V, 1)
     metrics["control/gender/right"] = 100 * right.float().mean().item()
     return {key: round(value, 3) for key, value in metrics.items()}
@@ -690,17 +666,15 @@ def to_image(face):
     values = ((face.cpu() + 1) * 127.5).round().clamp(0, 255).byte()
     return Image.fromarray(values.permute(1, 2, 0).numpy())  # (3, H, W) -> (H, W, 3)
 
-def plot_grid(path, rows, titles, side=128, line=24):
-    """A picture of faces: rows of (n, 3, H, W), each under its title."""
-    size = max(map(len, rows)) * (side + 4), len(rows) * (side + line)
-    picture = Image.new("RGB", size, "white")
-    for j, (faces, title) in enumerate(zip(rows, titles)):
-        top = j * (side + line)
-        ImageDraw.Draw(picture).text((4, top + 4), str(title), "black", ImageFont.load_default(14))
-        for i, face in enumerate(faces):
-            face = to_image(face).resize((side, side), Image.Resampling.NEAREST)
-            picture.paste(face, (i * (side + 4) + 2, top + line))
-    picture.save(path)
+def plot_grid(path, rows, side=128, line=24):
+    """A picture of R rows, each a title over n faces: (title, (., 3, H, W), (., 3, H, W), ...)."""
+    faces = [F.interpolate(torch.cat(parts), side) for _, *parts in rows]  # enlarged as they are
+    faces = nn.utils.rnn.pad_sequence(faces, batch_first=True, padding_value=1)  # (R, n, 3, H, W)
+    faces = F.pad(faces, (2, 2, line, 0), value=1).permute(2, 0, 3, 1, 4)  # (3, R, H, n, W)
+    picture = to_image(faces.flatten(3).flatten(1, 2))  # (3, R H, n W)
+    for j, (title, *_) in enumerate(rows):
+        ImageDraw.Draw(picture).text((4, j * (side + line) + 4), title, "black", font_size=14)
+    picture.save(make_folder(Path(path).parent) / Path(path).name)
 
 def sample_batch(split, cfg, count, seed, machine):
     """A pair each of `count` people of a split: speech (N, T), faces (N, 3, H, W), names."""
@@ -713,32 +687,30 @@ def plot_figures(model, split, path, machine, seed=0, columns=7):
     speech, faces, names = sample_batch(split, model.match, 200, seed, machine)
     c, real = apply(model.speech_encoder, speech), apply(model.face_encoder, faces)  # (N, D) each
     z = torch.randn(c.shape, generator=torch.Generator().manual_seed(seed))  # (N, D)
-    fake, true = generate_faces(model, c, z), faces.cpu()  # (N, 3, H, W) each
+    fake, true = apply(model.g_ema, z, c), faces.cpu()  # (N, 3, H, W) each
     fe = apply(model.face_encoder, fake)  # (N, D)
     nearest = (F.normalize(fe) @ F.normalize(real).T).argsort(1, descending=True)  # (N, N)
-    t, rows = torch.linspace(0, 1, columns - 1)[:, None], []  # shares of the way
-    shown = np.linspace(0, len(c) - 1, 6, dtype=int)
-    for a in shown:
-        rows.append((f"{names[a]}: true face; drawn of the voice, by z",
-                     true[a:a + 1], generate_faces(model, c[a], z[:columns])))
+    t, shown = torch.linspace(0, 1, columns - 1)[:, None], np.linspace(0, len(c) - 1, 6, dtype=int)
+    rows = [(f"{names[a]}: true face; drawn of the voice, by z",
+             true[a:a + 1], apply(model.g_ema, z[:columns], c[a])) for a in shown]
     for a, b in zip(shown[:3], shown[3:]):
         voices, noises = torch.lerp(c[a], c[b], t), torch.lerp(z[a], z[b], t)  # (columns - 1, D)
         rows += [(f"{names[a]}; by one z between two voices; {names[b]}",
-                  true[a:a + 1], generate_faces(model, voices, z[a]), true[b:b + 1]),
-                 (f"{names[a]}; between two z", true[a:a + 1], generate_faces(model, c[a], noises)),
+                  true[a:a + 1], apply(model.g_ema, z[a], voices), true[b:b + 1]),
+                 (f"{names[a]}; between two z", true[a:a + 1], apply(model.g_ema, noises, c[a])),
                  (f"{names[a]}: true face; a drawn one; the true ones nearest to that",
                   true[a:a + 1], fake[a:a + 1], true[nearest[a, :columns - 1]])]
     for cd_c, cd_f in distance_panels(c, fe, [{}] * len(c), seed).values():  # (N,), (N,)
         n = np.histogram2d(2 - cd_f, cd_c, bins=32, range=((0, 2), (0, 2)))[0]  # (32, 32)
         rows.append(("couples: across CD(c1, c2), up CD(F(G(z1, c1)), F(G(z2, c2))), both 0 to 2",
-                     torch.tensor(1 - 2 * n / n.max()).expand(1, 3, -1, -1)))
-    plot_grid(path, [[face for part in parts for face in part] for _, *parts in rows],
-              [title for title, *_ in rows])
+                     torch.tensor(1 - 2 * n / n.max()).float().expand(1, 3, -1, -1)))
+    plot_grid(path, rows)
 
-def write_metrics(metrics, out):
-    """Write metrics.json; print it as a Markdown table, beside the paper's, and return that."""
-    text = json.dumps(metrics, indent=1) + "\n"
-    (make_folder(out) / "metrics.json").write_text(text, encoding="utf8")
+def report(model, split, args, machine, more={}):
+    """Test as args say (data, out, runs, seed, workers); write the scores, and `more`, as
+    metrics.json; print them as a Markdown table, beside the paper's, and return that."""
+    metrics = evaluate(model, split, read_labels(args.data), args, args.runs, machine) | more
+    (make_folder(args.out) / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
     table = "| in metrics.json | here | paper |\n|---|---|---|\n"
     for key in (key for key in metrics if not key.endswith("/std")):
         std = f" ± {metrics[f'{key}/std']:.2f}" if f"{key}/std" in metrics else ""
@@ -746,11 +718,6 @@ def write_metrics(metrics, out):
         table += f"| {key:24} | {f'{metrics[key]:.2f}{std}':14} | {theirs} |\n"
     print(table, end="", flush=True)
     return table
-
-def report(model, split, args, machine):
-    """Test as args say (data, out, runs, seed, workers)."""
-    metrics = evaluate(model, split, read_labels(args.data), args, args.runs, machine)
-    write_metrics(metrics, args.out)
 
 def match_test(args):
     """Test trained encoders on one split: both directions, K = 2 and 10."""
@@ -762,15 +729,13 @@ def gan_test(args):
     machine, out, labels = Machine(args.device), make_folder(args.out), read_labels(args.data)
     model = load_model(args.gan, GanSettings, machine)
     corpus = open_corpus(args.data, dict(test=3) | (dict(train=2) if labels else {}))
-    metrics = evaluate(model, corpus["test"], labels, args, args.runs, machine)
-    names = np.concatenate([split.names for split in corpus.values()])
-    if all("voice_age" in labels.get(name, {}) for name in names):
-        metrics |= control_scores(model, corpus, labels, machine)
+    known = all("voice_age" in labels.get(name, {}) for s in corpus.values() for name in s.names)
+    qla = control_scores(model, corpus, labels, machine) if known else {}
     plot_figures(model, corpus["test"], out / "figures.png", machine, args.seed)
     page = (f"# {args.gan}: --loss {model.gan.loss}, people of {args.data}/test\n\n"
             "![Figures 2 to 6](figures.png)\n\n"
             f"Mean ± deviation of {args.runs} runs; the paper's are of other people.\n\n")
-    (out / "report.md").write_text(page + write_metrics(metrics, out), encoding="utf8")
+    (out / "report.md").write_text(page + report(model, corpus["test"], args, machine, qla), "utf8")
     print(f"{out / 'report.md'}: written")
 
 def generate(args):
@@ -784,38 +749,33 @@ def generate(args):
             raise UserError(f"{path}: silent where --seed {args.seed} listens")
         noise.manual_seed(args.seed if to_picture else args.seed + number)  # one z a column
         z = torch.randn(args.n, EMBED, generator=noise)  # (n, D)
-        faces = generate_faces(model, apply(model.speech_encoder, speech), z)  # (n, 3, H, W)
+        faces = apply(model.g_ema, z, apply(model.speech_encoder, speech))  # (n, 3, H, W)
         if to_picture:
-            rows.append(faces)
+            rows.append((path, faces))
             continue
         for k, face in enumerate(faces, start=1):
-            name = f"{number:04}_{Path(path).stem}_z{k}.png"
-            to_image(face).save(make_folder(args.out) / name)
+            to_image(face).save(make_folder(args.out) / f"{number:04}_{Path(path).stem}_z{k}.png")
     if to_picture:
-        make_folder(Path(args.out).parent)
-        plot_grid(args.out, rows, args.inputs)
+        plot_grid(args.out, rows)
     print(f"{args.out}: {args.n} faces for each of {len(args.inputs)} recordings")
 
 # ==== 6. Data: DATA/{train,val,test}/<identity>/<clip>/*.wav *.jpg, DATA/labels.csv   [ours] ======
-# A picture whose name is a whole number, 1200.jpg, was taken 1200 ms into its clip's one recording:
-# the speech that it is paired with leaves out that moment and GUARD around it.
+# 1200.jpg was taken 1200 ms into its clip's one recording: its speech leaves out GUARD around that.
 SPEECH_FILES = (".wav", ".flac", ".mp3", ".m4a", ".aac", ".ogg", ".opus", ".wma")
 FACE_FILES = (".jpg", ".jpeg", ".png")
 GUARD = 0.3  # s between a picture's moment and its speech, on both sides [ours]
 SPARE = 16  # further people who may stand in for a batch's unreadable ones [ours]
 MIN_SIDE = 32  # pixels; a smaller face is a fault [ours]
 SILENCE = 1e-4  # of full scale 1; a recording that never gets louder is a fault [ours]
-
-# A part of a corpus: its folder, and its identities' names (P,). Files are listed when needed.
-Split = namedtuple("Split", "folder names")
+Split = namedtuple("Split", "folder names")  # a part of a corpus; names (P,) of its identities
 
 def open_corpus(data, least, machine=None):
     """{split: Split} of the splits in `least`, which says how many identities each must have.
     No file is opened. With `machine`, for training, the synthetic corpus is made if missing."""
     if machine and machine.is_first and data == SYNTHETIC and not Path(data).exists():
         make_data(argparse.Namespace(identities=IDENTITIES, seed=0, inputs=data))
-    if machine:
-        machine.wait()
+    if machine and machine.count > 1:
+        distributed.barrier()  # for the corpus
     read_labels(data)  # a fault there shall not wait for the end of training
     corpus = {}
     for split, count in least.items():
@@ -823,15 +783,14 @@ def open_corpus(data, least, machine=None):
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder; a corpus is "
                             f"{data}/{{train,val,test}}/<identity>/<clip>/ with *.wav and *.jpg")
-        found = (e.name for e in os.scandir(folder) if e.name[0] != "." and e.is_dir())
-        names = np.array(sorted(found), dtype=str)
+        names = sorted(e.name for e in os.scandir(folder) if e.name[0] != "." and e.is_dir())
         twice = [name for other in corpus.values() for name in np.intersect1d(names, other.names)]
         if twice:
             raise UserError(f"{folder / twice[0]}: is in another split, too")
         if len(names) < count:
             raise UserError(f"{folder}: {len(names)} identities, at least {count} are needed: "
                             "--batch for training, --k for check-data, a few for tests")
-        corpus[split] = Split(folder, names)
+        corpus[split] = Split(folder, np.array(names, dtype=str))
     return corpus
 
 def thin(split, count):
@@ -841,22 +800,20 @@ def thin(split, count):
 
 def read_labels(data):
     """labels.csv as {identity: {column: text}}; {} where there is none. Training never sees it."""
-    if not Path(data, "labels.csv").exists():
-        return {}
-    with open(Path(data, "labels.csv"), newline="", encoding="utf-8-sig", errors="replace") as f:
-        rows = list(csv.DictReader(f))
+    path = Path(data, "labels.csv")
+    text = path.read_text("utf-8-sig", "replace") if path.exists() else ""
+    rows = list(csv.DictReader(io.StringIO(text)))
     if rows and "identity" not in rows[0]:
-        raise UserError(f"{data}/labels.csv: must be CSV in UTF-8 with a column 'identity'")
+        raise UserError(f"{path}: must be CSV in UTF-8 with a column 'identity'")
     return {row["identity"]: row for row in rows}
 
 def list_files(identity):
     """An identity's recordings and pictures, <clip>/<file> each."""
     files = sorted(glob.glob("*/*", root_dir=identity))  # leaves out hidden ones
-    recordings = [name for name in files if name.lower().endswith(SPEECH_FILES)]
-    pictures = [name for name in files if name.lower().endswith(FACE_FILES)]
-    if not recordings or not pictures:
+    kinds = [[x for x in files if x.lower().endswith(ends)] for ends in (SPEECH_FILES, FACE_FILES)]
+    if not all(kinds):
         raise UserError(f"{identity}: no recording or no picture in its clip folders")
-    return recordings, pictures
+    return kinds
 
 def sample_window(length, rate, seconds, moment, rng):
     """(start, stop) of a window of a recording, in samples, beside moment +- GUARD (s; or None).
@@ -878,50 +835,41 @@ def sample_window(length, rate, seconds, moment, rng):
 def load_speech(path, seconds=None, rng=None, moment=None):
     """A window of a recording, float32 (T,), T = 16000 seconds, beside `moment` (s) if given.
     Shorter speech is repeated, longer cut at random [paper §4]; None seconds: all of it."""
-    try:
+    with as_user_error(f"{path}: neither 16-bit WAV nor readable by torchaudio"):
         try:
             with wave.open(str(path)) as f:
                 if f.getsampwidth() != 2:
                     raise wave.Error("not 16-bit")
-                rate, channels = f.getframerate(), f.getnchannels()
-                held = os.path.getsize(path) // (2 * channels)  # a stream's header knows no length
+                rate, n = f.getframerate(), f.getnchannels()
+                held = os.path.getsize(path) // (2 * n)  # a stream's header knows no length
                 start, stop = sample_window(min(f.getnframes(), held), rate, seconds, moment, rng)
                 f.setpos(start)
-                raw = np.frombuffer(f.readframes(stop - start), "<i2")
-                x = raw[:len(raw) // channels * channels].reshape(-1, channels)  # (T, channels)
-                x = x.mean(1, dtype=np.float32) / 32768  # (T, channels) -> (T,)
+                raw = np.frombuffer(f.readframes(stop - start), "<i2")  # (T n,), or cut short
+                x = raw[:len(raw) // n * n].reshape(-1, n).mean(1, dtype=np.float32) / 32768
         except (wave.Error, EOFError):
             x, rate = torchaudio.load(path)  # (channels, T)
             start, stop = sample_window(x.shape[1], rate, seconds, moment, rng)
             x = x[:, start:stop].mean(0).numpy()  # (channels, T) -> (T,)
-    except Exception as e:  # on a damaged file a decoder raises nearly anything
-        raise UserError(f"{path}: neither 16-bit WAV nor readable by torchaudio ({e})") from e
     if not len(x) or not np.isfinite(x).all():
         raise UserError(f"{path}: no speech in it, or none beside its face's time, or NaN")
-    if rate != RATE:
-        x = torchaudio.functional.resample(torch.from_numpy(x), rate, RATE).numpy()
+    x = torchaudio.functional.resample(torch.from_numpy(x), rate, RATE).numpy()
     return np.resize(x, round(seconds * RATE)) if seconds else x  # np.resize repeats or cuts
 
 def load_face(path, size):
     """A face, uint8 (H, W, 3): upright, RGB, its central square resized to `size`."""
-    try:
-        with Image.open(path) as image:
-            image.draft("RGB", (size, size))  # decodes a large JPEG at a fraction of its size
-            face = ImageOps.exif_transpose(image).convert("RGB")
-    except Exception as e:  # on a damaged file a decoder raises nearly anything
-        raise UserError(f"{path}: not a readable picture ({e})") from e
+    with as_user_error(f"{path}: not a readable picture"), Image.open(path) as image:
+        image.draft("RGB", (size, size))  # decodes a large JPEG at a fraction of its size
+        face = ImageOps.exif_transpose(image).convert("RGB")
     if min(face.size) < MIN_SIDE:
         raise UserError(f"{path}: {face.width}x{face.height} pixels, at least {MIN_SIDE} a side")
     return np.array(ImageOps.fit(face, (size, size), Image.Resampling.BILINEAR))
 
 class PairDataset:
-    """Batches of positive pairs of different identities, pure functions of seed and number:
-    speech (B, T), faces uint8 (B, H, W, 3), identity (B,), rows of split.names, and what could not
-    be read. With shuffle, for training [ours]: people drawn at random, faces flipped at random,
-    others for who cannot be read. Without, for tests: everybody in order."""
+    """Batches of pairs of different identities, pure functions of seed and number: speech (B, T),
+    faces uint8 (B, H, W, 3), identity (B,), rows of split.names, and faults. With shuffle [ours]:
+    people and flips at random, others for who cannot be read; without: everybody in order."""
     def __init__(self, split, cfg, batch, seed, shuffle=False):
-        self.split, self.seconds, self.size = split, cfg.seconds, cfg.size
-        self.batch, self.seed, self.shuffle = batch, seed, shuffle
+        self.split, self.cfg, self.batch, self.seed, self.shuffle = split, cfg, batch, seed, shuffle
 
     def __getitem__(self, i):
         rng, people = np.random.default_rng([self.seed, i]), len(self.split.names)
@@ -944,40 +892,30 @@ class PairDataset:
         Where that clip has no picture, as in VoxCeleb with VGGFace, one of the identity."""
         folder = self.split.folder / self.split.names[identity]
         recordings, pictures = list_files(folder)
-        speech = recordings[rng.integers(len(recordings))]
+        speech = rng.choice(recordings)
         clip = os.path.dirname(speech)
-        pictures = [name for name in pictures if os.path.dirname(name) == clip] or pictures
-        picture = pictures[rng.integers(len(pictures))]
+        beside = [name for name in pictures if os.path.dirname(name) == clip]
+        picture = Path(rng.choice(beside or pictures))
         alone = sum(os.path.dirname(name) == clip for name in recordings) == 1
-        is_time = alone and os.path.dirname(picture) == clip and Path(picture).stem.isdecimal()
-        moment = int(Path(picture).stem) / 1000 if is_time else None  # s
-        face = load_face(folder / picture, self.size)
-        if self.shuffle and rng.random() < 0.5:
-            face = face[:, ::-1]
-        return load_speech(folder / speech, self.seconds, rng, moment), face
+        moment = int(picture.stem) / 1000 if beside and alone and picture.stem.isdecimal() else None
+        face = load_face(folder / picture, self.cfg.size)
+        step = -1 if self.shuffle and rng.random() < 0.5 else 1  # -1 flips
+        return load_speech(folder / speech, self.cfg.seconds, rng, moment), face[:, ::step]
 
 def load_batches(pairs, batches, workers, device):
     """The batches of these numbers, made ahead by loader processes; faces (B, 3, H, W) in [-1, 1].
     Warns of unreadable files; ends the run where they outnumber what could be read."""
-    loader = torch.utils.data.DataLoader(
-        pairs, batch_size=None, sampler=batches, num_workers=workers,
-        worker_init_fn=ignore_ctrl_c, pin_memory=device.type == "cuda")
+    loader = torch.utils.data.DataLoader(pairs, batch_size=None, sampler=batches,
+                                         num_workers=workers, pin_memory=device.type == "cuda")
     bad = read = 0
     for speech, faces, identity, faults in loader:
-        for fault in faults:
-            print(f"warning: left out: {fault}", file=sys.stderr, flush=True)
+        sys.stderr.writelines(f"warning: left out: {fault}\n" for fault in faults)
         bad, read = bad + len(faults), read + len(identity)
         if bad > SPARE + read or (bad and not read):
             raise UserError(f"too many unreadable files (run check-data), as {faults[-1]}")
-        if not len(identity):
-            continue  # the last ones of a test
-        faces = faces.to(device, non_blocking=True)  # uint8: a quarter of the way
-        faces = faces.permute(0, 3, 1, 2).float() / 127.5 - 1  # (B, H, W, 3) -> (B, 3, H, W)
-        yield speech.to(device, non_blocking=True), faces, identity, faults
-
-def ignore_ctrl_c(worker):
-    """Ctrl-C reaches loader processes, too, but the training process decides."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if len(identity):  # none: of the last batch of a test nobody could be read
+            faces = faces.to(device, non_blocking=True).permute(0, 3, 1, 2)  # uint8, (B, 3, H, W)
+            yield speech.to(device, non_blocking=True), faces.float() / 127.5 - 1, identity, faults
 
 def check_file(path):
     """Seconds of speech in it; raises UserError if a file or an identity's folder is of no use."""
@@ -1009,8 +947,7 @@ def check_data(args):
     return bool(faults)
 
 # ==== 7. Synthetic people: voices by source and filter, flat faces, known factors   [all ours] ====
-LINK = 0.75  # correlation of what voice and face show of age, tract and build: the default
-# match-train is then right in 91 % of V-F and F-V 2-way, the paper in 88.47 (F-V)
+LINK = 0.75  # correlation of voice and face: F-V 2-way is then right in 91 %, in the paper in 88
 LINKED = ("age", "tract", "build")  # and gender, which voice and face share wholly
 HAIR = (36, 30, 34), (122, 72, 40), (226, 180, 96)  # a line of colours: black, brown, blond
 SKIN = (255, 218, 190), (222, 166, 122), (134, 88, 62)  # light to dark
@@ -1069,13 +1006,11 @@ def synth_speech(person, rng):
 
 def mix(colors, t):
     """The colour at t in 0 ... 1 on an even line through two or more colours."""
-    stops = np.linspace(0, 1, len(colors))
-    return tuple(int(np.interp(t, stops, channel)) for channel in zip(*colors))
+    return tuple(int(np.interp(t, np.linspace(0, 1, len(colors)), x)) for x in zip(*colors))
 
 def draw_oval(draw, tilt, color, x, y, rx, up, down=None, powers=(2, 2), bend=0):
-    """An oval `up` above and `down` below (x, y); x is right, y down, (0, 0) between the eyes.
-    Its halves are squarer with larger powers; bend lifts its ends, as in a smile. All turns by
-    `tilt` degrees about the neck at (0, 0.8)."""
+    """An oval `up` above and `down` below (x, y), y being down and (0, 0) between the eyes; larger
+    powers: squarer halves; bend lifts the ends. All turns by `tilt` degrees about (0, 0.8)."""
     c, s, power = np.cos(TURN), np.sin(TURN), 2 / np.where(np.sin(TURN) < 0, *powers)
     x = x + rx * np.sign(c) * np.abs(c) ** power
     y = y + np.where(s < 0, up, down or up) * np.sign(s) * np.abs(s) ** power - bend * c**2
@@ -1084,9 +1019,8 @@ def draw_oval(draw, tilt, color, x, y, rx, up, down=None, powers=(2, 2), bend=0)
     draw.polygon([*zip(points.real, points.imag)], fill=color)
 
 def draw_face(person, opening):
-    """A picture (PIL, SIDE x SIDE) of a person with the mouth open by 0 ... 1.
-    Gender shows in hair, jaw, brows and lips, age in grey, hairline, narrow eyes and creases, tract
-    in a long narrow head, build in neck and shoulders."""
+    """A picture (PIL, SIDE x SIDE), mouth open by 0 ... 1. Gender shows in hair, jaw, brows, lips;
+    age in grey, hairline, eyes, creases; tract in a long head; build in neck and shoulders."""
     male, (age, tract, build) = person["gender"], levels(person)
     skin, back = mix(SKIN, person["skin"]), mix(BACKGROUND, person["background"])
     hair = mix((mix(HAIR, person["hair"]), GREY), 0.8 * age**2)
@@ -1098,8 +1032,7 @@ def draw_face(person, opening):
         oval(mix((hair, INK), 0.2), 0, 0, width + 0.21, crown + 0.04, 0.82, (2.2, 3.5))
     oval(mix((back, BLUE), 0.6), 0, 1.33, 0.46 + 0.66 * build, 0.6 + 0.1 * build, 0.9, (2.6, 2))
     oval(shade, 0, 0.4, 0.12 + 0.25 * build, 0.3, 0.46, (8, 3))  # the neck
-    temples = (crown, 0.1) if male else (crown, 0.52)
-    oval(hair, 0, -0.05, width + 0.07, *temples, (2.3, 3))
+    oval(hair, 0, -0.05, width + 0.07, crown, 0.1 if male else 0.52, (2.3, 3))
     oval(skin, 0, -0.05, width, line, 0.45 + 0.26 * tract, (3, 2.5) if male else (1.8, 2.1))
     thick, eye = 0.01 + 0.02 * age, 0.13 - 0.065 * age
     oval(crease, 0, -0.32 - 0.1 * age, 0.02 + 0.27 * age, thick, bend=-0.03)
@@ -1121,8 +1054,7 @@ def write_person(data, seed, i, split):
     """Write the clip of person i of a seed; returns their row of labels.csv.
     The mouth opens with the loudness in the 50 ms around the moment, relative to the loudest."""
     rng, name = np.random.default_rng([seed, i]), f"id{i:05}"
-    person, folder = sample_person(rng), Path(data, split, name, "clip")
-    folder.mkdir(parents=True)
+    person, folder = sample_person(rng), make_folder(Path(data, split, name, "clip"))
     speech = synth_speech(person, rng)
     with wave.open(str(folder / "speech.wav"), "wb") as f:
         f.setparams((1, 2, RATE, 0, "NONE", ""))  # one channel of 2 bytes
@@ -1139,20 +1071,20 @@ def make_data(args):
     data, people = Path(args.inputs), args.identities
     if data.exists():
         raise UserError(f"{data}: exists already; make-data fills a new folder only")
-    make_folder(data.parent)
     val, test = (max(10, round(share * people)) for share in (0.06, 0.14))
     splits = ["train"] * (people - val - test) + ["val"] * val + ["test"] * test
-    with (tempfile.TemporaryDirectory(dir=data.parent) as scratch,
+    with (tempfile.TemporaryDirectory(dir=make_folder(data.parent)) as scratch,
           ProcessPoolExecutor(min(16, os.cpu_count())) as pool):
         part = Path(scratch, data.name)
-        write = functools.partial(write_person, part, args.seed)
-        rows = list(pool.map(write, range(people), splits, chunksize=8))
+        rows = [*pool.map(functools.partial(write_person, part, args.seed), range(people), splits)]
         lines = [",".join(map(str, row)) for row in (rows[0], *(row.values() for row in rows))]
         (part / "labels.csv").write_text("\n".join(lines) + "\n", encoding="utf8")
         part.rename(data)
     print(f"{data}: {people} identities")
 
 # ==== 8. Plumbing: device, processes and precision; a run's checkpoint, --resume, log =============
+MAY_CHANGE = {"out", "device", "workers", "log_every", "save_every", "resume"}  # on --resume
+
 class Machine:
     """What a command computes on; device, processes and precision are decided here alone.
     Under torchrun each process has its own GPU, batches and negatives; the first tests and writes.
@@ -1163,11 +1095,8 @@ class Machine:
         self.is_first = self.rank == 0
         name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
         name = f"cuda:{told['LOCAL_RANK']}" if name == "cuda" and told else name
-        try:
+        with as_user_error(f"--device {name}: not here, use cpu or auto"):
             self.device = torch.zeros(1, device=name).device
-        except (RuntimeError, AssertionError) as e:
-            reason = str(e).splitlines()[0]
-            raise UserError(f"--device {name}: not here, use cpu or auto ({reason})") from e
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
             torch.backends.cudnn.benchmark = True  # batches have one shape: try all algorithms
@@ -1180,36 +1109,28 @@ class Machine:
         """The module to train with: under torchrun one that averages gradients."""
         return nn.parallel.DistributedDataParallel(module) if self.count > 1 else module
 
-    def wait(self):
-        """Wait until all processes are here."""
-        if self.count > 1:
-            distributed.barrier()
-
-MAY_CHANGE = {"out", "device", "workers", "log_every", "save_every", "resume"}
-
 class Run:
     """A training in cfg.out: where it stands, its random numbers, log and checkpoints."""
     def __init__(self, cfg, machine):
         self.cfg, self.machine, self.folder = cfg, machine, make_folder(cfg.out)
-        self.last, self.saved, self.step = self.folder / "last.pt", {}, 0
-        self.sums, self.count, self.since, self.faults = {}, 0, time.time(), 0
-        if self.last.exists():
-            self.saved = load_checkpoint(self.last, type(cfg), "cpu")
-            self.step = self.saved["step"]
-        other = [f"{flag(name)} {x}, not {asdict(cfg).get(name)}"
-                 for name, x in self.saved.get("settings", {}).items()
-                 if name not in MAY_CHANGE and x != asdict(cfg).get(name)]
-        if self.saved and not cfg.resume:
+        self.sums, self.count, self.since, self.faults = Counter(), 0, time.time(), 0
+        self.last = self.folder / "last.pt"
+        if self.last.exists() and not cfg.resume:
             raise UserError(f"--out {cfg.out}: holds a run; name another folder, or --resume it")
+        self.saved = load_checkpoint(self.last, type(cfg), "cpu") if self.last.exists() else {}
+        self.step, now = self.saved.get("step", 0), asdict(cfg)
+        other = [f"{flag(name)} {x}, not {now.get(name)}"
+                 for name, x in self.saved.get("settings", {}).items()
+                 if name not in MAY_CHANGE and x != now.get(name)]
         if other:
             raise UserError(f"--resume: the run in {cfg.out} has {', '.join(other)}")
 
     def batches(self, pairs):
         """(rng, speech, faces) of each step to come; rng is torch's, every process has its own."""
         count = self.machine.count
-        numbers = range(self.step * count + self.machine.rank, self.cfg.steps * count, count)
-        batches = load_batches(pairs, numbers, self.cfg.workers, self.machine.device)
-        for number, (speech, faces, _, faults) in zip(numbers, batches):
+        mine = range(self.step * count + self.machine.rank, self.cfg.steps * count, count)
+        batches = load_batches(pairs, mine, self.cfg.workers, self.machine.device)
+        for number, (speech, faces, _, faults) in zip(mine, batches):
             seed = np.random.SeedSequence([self.cfg.seed, number]).generate_state(1)
             self.step, self.faults = self.step + 1, self.faults + len(faults)
             yield torch.Generator().manual_seed(int(seed[0])), speech, faces
@@ -1221,20 +1142,18 @@ class Run:
     def log(self, **values):
         """Count a step; each --log-every print the means and add them to log.jsonl."""
         self.count += 1
-        for name, x in values.items():  # on the device until their line is written
-            self.sums[name] = self.sums.get(name, 0) + x.detach()
+        self.sums.update({name: x.detach() for name, x in values.items()})  # stay on the device
         if not self.due(self.cfg.log_every):
             return
         rate = self.count / (time.time() - self.since)  # steps per s, validation included
-        line = {"step": self.step}
-        line |= {name: round(x.item() / self.count, 4) for name, x in self.sums.items()}
-        line |= {"clips_per_s": round(rate * self.cfg.batch * self.machine.count, 1),
-                 "faults": self.faults}  # pairs that could not be read
+        means = {name: round(x.item() / self.count, 4) for name, x in self.sums.items()}
+        clips = round(rate * self.cfg.batch * self.machine.count, 1)  # of all processes, per s
+        line = {"step": self.step, **means, "clips_per_s": clips, "faults": self.faults}
         with open(self.folder / "log.jsonl", "a", encoding="utf8") as f:
             f.write(json.dumps(line) + "\n")
         left = (self.cfg.steps - self.step) / rate  # s
         print(*(f"{name} {x:g} " for name, x in line.items()), f"{left:.0f} s left", flush=True)
-        self.sums, self.count, self.since = {}, 0, time.time()
+        self.sums, self.count, self.since = Counter(), 0, time.time()
 
     def save(self, name, parts, **more):
         """Write states, settings, step beside the file, then rename: it is whole at any time."""
@@ -1247,12 +1166,9 @@ class Run:
         state |= dict(kind=type(self.cfg).__name__, settings=asdict(self.cfg), step=self.step)
         content = io.BytesIO()
         torch.save(state, content)
-        try:
+        with as_user_error(f"{path}: cannot be written; the one before is whole: --resume it"):
             Path(f"{path}.part").write_bytes(content.getbuffer())
             os.replace(f"{path}.part", path)
-        except OSError as e:
-            raise UserError(f"{path}: cannot be written ({e.strerror}); what was saved before is "
-                            "whole: --resume goes on from there") from e
 
 def make_folder(path):
     """The folder `path`, created."""
@@ -1261,12 +1177,9 @@ def make_folder(path):
 
 def load_checkpoint(path, kind, device):
     """The dict that a training with settings of this kind saved."""
-    try:
+    with as_user_error(f"{path}: no checkpoint, or damaged; match-train and gan-train write them"):
         state = torch.load(path, map_location=device, weights_only=True)  # runs no code
         found = state["kind"]
-    except Exception as e:  # on a damaged file torch.load raises nearly anything
-        raise UserError(f"{path}: no checkpoint, or damaged ({type(e).__name__}); match-train and "
-                        "gan-train write them") from e
     if found != kind.__name__:
         raise UserError(f"{path}: of the other training, {found}; {kind.__name__} is needed")
     return state
@@ -1278,17 +1191,14 @@ def restore(parts, state):
 
 def load_model(path, kind, machine):
     """The Model of a training with settings of this kind."""
-    state, gan, g_ema = load_checkpoint(path, kind, machine.device), None, nn.Identity()
-    try:
+    state = load_checkpoint(path, kind, machine.device)
+    with as_user_error(f"{path}: of another version of this file, train anew"):
         match = MatchSettings(**state.get("match", state["settings"]))
-        if kind is GanSettings:
-            gan = GanSettings(**state["settings"])
-            g_ema = Generator(match.size, gan.width)
-        speech_encoder, face_encoder = make_encoders(match, machine.device)
+        gan = GanSettings(**state["settings"]) if kind is GanSettings else None
+        g_ema = Generator(match.size, gan.width) if gan else nn.Identity()
         g_ema.to(machine.device, memory_format=torch.channels_last)
+        speech_encoder, face_encoder = make_encoders(match, machine.device)
         restore(dict(speech=speech_encoder, face=face_encoder, g_ema=g_ema), state)
-    except (TypeError, RuntimeError) as e:  # other settings, other layers
-        raise UserError(f"{path}: of another version of this file, train anew") from e
     return Model(match, speech_encoder.eval(), face_encoder.eval(), gan, g_ema)
 
 # ==== 9. Command line: the flags of a training are its settings ===================================
@@ -1313,10 +1223,9 @@ def make_parser():
                 split=setting("test", "part of the corpus", choices=SPLITS))),
             (gan_test, "", test | drawn | dict(
                 out=setting("runs/gan/report", "folder for report.md, pictures, metrics.json"))),
-            (generate, "SPEECH", drawn | dict(
-                n=setting(8, "faces per recording", low=1), seed=gan["seed"], device=gan["device"],
-                out=setting("faces.png", "NAME.png: a labelled picture, one z a column; else a "
-                            "folder: a PNG per face, each of its own z"))),
+            (generate, "SPEECH", drawn | dict(n=setting(8, "faces per recording", low=1),
+                seed=gan["seed"], device=gan["device"], out=setting("faces.png", "NAME.png: a "
+                "labelled picture, one z a column; else a folder: a PNG per face, each of its z"))),
             (make_data, "DIR", dict(seed=gan["seed"], identities=setting(
                 IDENTITIES, "people: 80 % train, 6 % val, 14 % test", low=30))),
             (check_data, "DIR", dict(k=setting(10, "identities that each split needs", low=2)))):
