@@ -152,8 +152,6 @@ def test_sinc_passes_its_band_and_stops_the_rest():
     assert others[:2] == approx([inside, inside], rel=0.05) and max(others[2:]) < 0.01 * inside
 
 def test_sinc_edges():
-    with pytest.raises(ValueError, match="odd, got 250"):
-        v.SincConv(4, 250)
     layer = v.SincConv(4, 31, stride=3).to(torch.float64)
     layer.low_hz.data[:2], layer.band_hz.data[:2] = 1e5, -1e5  # far outside of 0 ... 8000 Hz
     out = layer(torch.randn(2, 1, 1, 130).double())
@@ -170,7 +168,8 @@ def test_published_sizes():
     blocks = [(3, 64, 64), *((w, w, 2 * w) for w in (64, 128, 256, 512)), (1024, 1024, 1024)]
     count = sum(9 * a * h + h + 9 * h * b + b + a * b + b for a, h, b in blocks)  # [SNGAN]
     assert [sum(p.numel() for p in net.parameters()) for net in nets] == [
-        convs + 3 * sum(w) + 513 * 128, count + 1025 * 128, 36_803_843, count + 1025 * 128 + 1024]
+        convs + 3 * sum(w) + 513 * 128, count + 1025 * 128, 36_803_843,
+        count + 1025 * 128 + 16 * 1024 ** 2 + 1024 + 1024]  # psi: 16 places of 1024 channels
     lengths, small = [], v.SpeechEncoder(2).eval()
     small.body[-1].register_forward_hook(lambda act, x, y: lengths.append(y[0, 0].numel()))
     assert small(torch.randn(1, 96000)).shape == (1, 128) and lengths == [600]  # 6 s
@@ -243,7 +242,9 @@ def test_logit_is_equation_2_written_out():
     torch.manual_seed(0)
     face_encoder, faces = v.FaceEncoder(16, 2, 3.5), torch.randn(4, 3, 16, 16)
     discriminator, c = v.Discriminator(face_encoder, weight=0.2), torch.randn(4, 128)
-    psi = face_encoder.features(faces) @ discriminator.psi.weight[0]
+    (first, _, last), places = discriminator.psi, torch.relu(face_encoder.blocks(faces)).flatten(1)
+    hidden = places @ first.weight.T + first.bias  # (4, C)
+    psi = torch.where(hidden > 0, hidden, 0.2 * hidden) @ last.weight[0]
     expected = torch.stack([0.2 * c[i] @ face_encoder(faces)[i] + psi[i] for i in range(4)])
     assert_close(v.logit(c, *discriminator(faces)), expected, rtol=1e-4, atol=1e-5)
     for mine, theirs in zip(discriminator.phi.parameters(), face_encoder.parameters()):
@@ -302,7 +303,9 @@ def test_a_gan_step(loss, corpus, runs, tmp_path, monkeypatch):
     def spied_loss(*terms, real=getattr(v, f"{loss}_loss")):
         role, c = next(roles), seen["c"]
         (phi, psi), (phi_fake, psi_fake) = (judge(nets["d"], seen[x]) for x in ("real", "fake"))
-        g_real, g_fake = (c * phi).sum(1) + psi, (c * phi_fake).sum(1) + psi_fake
+        g_fake = (c * phi_fake).sum(1) + psi_fake
+        g_real = (c * phi).sum(1) + psi if role == "d" else seen["g_real"]  # D's before its step
+        seen["g_real"] = g_real.detach()
         expected = [g_real, g_fake] if role == "d" else [g_fake, g_real]
         phi = phi if role == "d" else phi_fake  # whose identity is asked
         if loss == "relid":
@@ -339,7 +342,7 @@ CHANGES = dict(  # a setting: another value, and what it must change of what obs
     name: (value, "weights") for name, value in dict(
         seed=1, direction="f-v", k=3, steps=5, batch=8, seconds=0.3, size=64, sinc_stride=4,
         speech_width=6, face_width=6, embed_scale=5.0, lr=0.01, loss="rel", width=3, weight=0.5,
-        d_lr=0.01, gamma=5.0, ema_decay=0.5).items()}
+        d_lr=0.01, gamma=5.0, ema_decay=0.5, augment=True).items()}
 
 @pytest.mark.parametrize("command, name", [
     (command, f.name) for command, kind in KINDS.items() for f in fields(kind)
@@ -349,7 +352,7 @@ def test_every_setting_matters(command, name, runs, corpus, tmp_path):
     match = runs.match / ("last.pt" if name == "match" else "best.pt")
     argv = ["--data", data] + ["--match", match] * (command == "gan-train")
     value, changed = CHANGES.get(name, (None, "weights"))
-    argv += [v.flag(name), value] * (name in CHANGES)
+    argv += ([v.flag(name)] + [value] * (value is not True)) * (name in CHANGES)
     usual, got = runs.seen[command], observe(command, tmp_path / "run", *argv)
     assert got[changed] != usual[changed]
     assert changed == "weights" or got["weights"] == usual["weights"]
@@ -368,6 +371,24 @@ def test_presets_help_and_flags(capsys):
     for argv in ("match-train --stepps 4", "match-train --size 48", "gan-train --lr x", "generate"):
         with pytest.raises(SystemExit, match="2"):
             v.main(argv.split())
+
+def test_augment_cuts_colours_equalises_and_adds_noise():
+    n, rng, t = 200, torch.Generator().manual_seed(0), torch.arange(8000) / 8000
+    across = torch.linspace(-1, 1, 64).expand(n, 3, 64, 64)  # a picture that shows where it was cut
+    tone = torch.sin(2 * math.pi * 1000 * t).expand(n, -1)
+    speech, faces = v.augment(tone, across, rng)
+    inside = faces[:, :, 10, 1:-1]  # (n, 3, 62): still a line; its slope is zoom times contrast
+    slope = (inside[..., -1] - inside[..., 0]) / (across[0, 0, 0, -2] - across[0, 0, 0, 1])
+    torch.testing.assert_close(inside.diff(dim=-1), (slope / 31.5)[..., None].expand(-1, -1, 61),
+                               atol=1e-5, rtol=0)
+    assert 0.49 <= slope.min() < 0.6 and 1.2 < slope.max() <= 1.3
+    centre = inside.mean(-1)  # place of the cut times contrast, and light
+    assert centre.min() < -0.3 and centre.max() > 0.3 and centre.abs().max() <= 0.3 * 1.3 + 0.3
+    assert all(x.std(0).min() > 0.1 for x in (slope, centre))
+    level = 2 / 8000 * (speech * tone).sum(1)  # of the tone: up to 8 dB more or less
+    rest = (speech - level[:, None] * tone).std(1) / tone[0].std() / level  # of the noise
+    assert 0.39 < level.min() < 0.6 and 1.7 < level.max() < 2.52
+    assert 0 <= rest.min() < 0.03 and 0.15 < rest.max() < 0.22
 
 def test_importing_does_nothing(tmp_path):
     code = f"import sys; sys.path.insert(0, {str(FILE.parent)!r}); import voice2face"
@@ -553,7 +574,7 @@ def test_speech_never_holds_the_faces_time(rate, tmp_path):
     ramp, moments, seen = np.arange(3 * rate) / (3 * rate), (0, 700, 1500, 2200, 2999), set()
     pictures = {f"{ms}.png": (ms // 12, 0, 0) for ms in moments}
     make_clip(tmp_path / "p/c", {"a.wav": ramp}, pictures, rate)
-    pairs, rng = pairs_of(tmp_path, 0.6), np.random.default_rng(0)
+    pairs, rng = pairs_of(tmp_path, 0.6, shuffle=True), np.random.default_rng(0)
     for speech, face in (pairs.load(0, rng) for _ in range(1000)):
         ms = min(moments, key=lambda t: abs(t // 12 - int(face[0, 0, 0])))
         inner = speech if rate == 16000 else speech[400:-400]  # resampling rings at the edges
@@ -569,7 +590,7 @@ def test_times_only_apply_in_a_clip_with_one_recording(sounds, faces, tmp_path):
     for i in range(10):  # pictures elsewhere, in folders of 9 and of 1, have equal chances
         folder = tmp_path / "p" / (faces if faces == "c" else f"f{i // 9}")
         make_clip(folder, {}, {f"{1500 + i}.png": (20 * i, 0, 0)})
-    pairs, rng = pairs_of(tmp_path, 1.0), np.random.default_rng(0)
+    pairs, rng = pairs_of(tmp_path, 1.0, shuffle=True), np.random.default_rng(0)
     speech, pictures = zip(*(pairs.load(0, rng) for _ in range(1000)))
     held = [3 * x.min() < 1.4 and 3 * x.max() > 1.6 for x in speech]
     counts = np.bincount([x[0, 0, 0] // 20 for x in pictures], minlength=10)
@@ -586,6 +607,7 @@ def test_pairs_stay_within_a_clip_and_half_of_the_faces_are_flipped(tmp_path):
         found = [(speech[0] > 0.4, *face[16, [16, 28], 0]) for speech, face in (
             pairs.load(0, rng) for _ in range(300))]
         assert {(loud, colour > 50) for loud, colour, _ in found} == {(True, True), (False, False)}
+        assert len(pairs.load(0, rng)[0]) == (4000 if shuffle else 96000)  # 0.25 s, in tests 6 s
         assert np.mean([side == 255 for *_, side in found]) == approx(share, abs=0.15)
 
 def test_short_speech_is_repeated_and_of_long_only_a_random_window_is_read(tmp_path, monkeypatch):
@@ -841,7 +863,7 @@ def test_two_processes_train_on_their_mean_loss(command, corpus, runs, tmp_path,
     for rank in range(2):  # what each would have done in the first step without the other
         with monkeypatch.context() as patch:
             patch.setattr(v.Machine, "__init__", lambda machine, name: (
-                init(machine, name), vars(machine).update(rank=rank, is_first=False))[0])
+                init(machine, name), vars(machine).update(rank=rank))[0])
             alone.append(spy_on_descend(patch))
             run(*argv, "--out", tmp_path / f"alone{rank}")
     for i in range(1 if command == "match-train" else 2):  # D, whose rate is 0, then G

@@ -34,7 +34,7 @@ Sources    [paper §x]; [PASE] Pascual et al. 2019; [SincNet] Ravanelli and Beng
            - a clip's negatives come from its own batch, which encodes each clip once;
            - the waveform's loudness is divided out, being the microphone's (SpeechEncoder);
            - the face encoder has no spectral norm, and a 1x1 layer in every shortcut (DBlock);
-           - psi reads what phi's head reads (Discriminator);
+           - psi reads phi's last layer, place by place (Discriminator);
            - AdaIN's style is [z, c], in which c has length 1 (AdaIN, Generator);
            - of our text of the paper only Eq. 2 is whole; how we read Eq. 5: relid_loss;
            - the preset `small` hears 1.5 s and sees 64x64 pixels through narrower layers.
@@ -79,15 +79,12 @@ class SincConv(nn.Module):
     (B, 1, 1, T) -> (B, C, 1, L). A filter is the difference of two ideal low-passes,
         g(t) = 2 high sinc(2 high t) - 2 low sinc(2 low t),   sinc(x) = sin(pi x) / (pi x),
     under a Hamming window, divided by 2 (high - low), which makes its centre 1. Cut-offs, in Hz,
-    start evenly on the mel scale. Raises ValueError for an even kernel, which has no centre."""
+    start evenly on the mel scale. kernel_size is odd, so that there is a centre."""
     def __init__(self, filters, kernel_size=251, stride=1):
         super().__init__()
-        if kernel_size % 2 == 0:
-            raise ValueError(f"sinc kernel must be odd, got {kernel_size}")
         self.stride = stride
-        lowest, highest = (2595 * math.log10(1 + hz / 700)  # mel; edges before MIN_HZ [SincNet]
-                           for hz in (30, RATE / 2 - 2 * MIN_HZ))
-        mel = torch.linspace(lowest, highest, filters + 1)  # (C+1,)
+        lowest, highest = (2595 * math.log10(1 + hz / 700) for hz in (30, RATE / 2 - 2 * MIN_HZ))
+        mel = torch.linspace(lowest, highest, filters + 1)  # (C+1,), MIN_HZ to come [SincNet]
         hz = 700 * (10 ** (mel / 2595) - 1)  # (C+1,)
         self.low_hz = nn.Parameter(hz[:-1, None])  # (C, 1)
         self.band_hz = nn.Parameter(hz.diff()[:, None])  # (C, 1)
@@ -118,8 +115,7 @@ class SpeechEncoder(nn.Module):
     def __init__(self, width=64, sinc_stride=1, scale=1.0):
         super().__init__()
         self.scale, widths, layers = scale, [width * w for w in PASE_WIDTHS], []
-        strides = sinc_stride, *PASE_STRIDES[1:]
-        for i, (kernel, stride) in enumerate(zip(PASE_KERNELS, strides)):
+        for i, (kernel, stride) in enumerate(zip(PASE_KERNELS, (sinc_stride, *PASE_STRIDES[1:]))):
             pads = ((kernel - 1) // 2, kernel // 2, 0, 0)  # so that stride s leaves ceil(L / s)
             conv = SincConv(width, kernel, stride) if i == 0 else nn.Conv2d(
                 widths[i - 1], widths[i], (1, kernel), (1, stride), bias=False)
@@ -271,18 +267,19 @@ class Generator(nn.Module):
 class Discriminator(nn.Module):
     """faces (B, 3, H, W) -> phi (B, D) and psi (B,), of which Eq. 2 makes g(f, c).
     phi starts as the trained F and goes on training [paper §3.2]. It comes out times `weight`, 1 in
-    the paper. psi is linear in what phi's head reads, in the paper in phi(f): from an embedding of
-    one length only silhouettes were learned [ours]. Losses take differences: no bias."""
+    the paper. psi, there of phi(f), here reads the 4x4 places that phi's head sums: from an
+    embedding G learned silhouettes, from the sum worse faces (README) [ours]."""
     def __init__(self, face_encoder, weight=1.0):
         super().__init__()
         self.phi, self.weight = copy.deepcopy(face_encoder), weight
-        self.psi = nn.Linear(face_encoder.head.in_features, 1, bias=False)
-        nn.init.normal_(self.psi.weight, std=0.01)  # [ours]
+        width = face_encoder.head.in_features  # C
+        self.psi = nn.Sequential(nn.Linear(width * 4 * 4, width), nn.LeakyReLU(0.2),
+                                 nn.Linear(width, 1, bias=False))  # losses take differences of psi
 
     def forward(self, faces):
-        h = self.phi.features(faces)  # (B, 3, H, W) -> (B, C)
-        phi = scale_normalize(self.phi.head(h), self.phi.scale)  # (B, C) -> (B, D)
-        return self.weight * phi, self.psi(h)[:, 0].float()  # (B, C) -> (B, 1) -> (B,)
+        h = F.relu(self.phi.blocks(faces))  # (B, 3, H, W) -> (B, C, 4, 4)
+        phi = scale_normalize(self.phi.head(h.sum((2, 3))), self.phi.scale)  # -> (B, C) -> (B, D)
+        return self.weight * phi, self.psi(h.flatten(1))[:, 0].float()  # (B, C 4 4) -> (B,)
 
 inner = torch.linalg.vecdot  # <c, phi>: (B, D), (B, D) -> (B,)
 
@@ -318,16 +315,16 @@ MAX_NORM = 1.0  # length to which longer gradients are cut [ours]
 BETAS = (0.0, 0.99)  # of Adam [StyleGAN]
 R1_EVERY = 16  # R1 is computed in each 16th step, times 16 [StyleGAN2]
 
-def setting(default, meaning, low=None, choices=None):
-    """A dataclass field with --help text and allowed values: at least `low` or one of `choices`."""
-    return field(default=default, metadata=dict(help=meaning, low=low, choices=choices))
+def setting(default, meaning, low=None, high=math.inf, choices=None):
+    """A dataclass field with --help text and allowed values: low to high or one of `choices`."""
+    return field(default=default, metadata=dict(help=meaning, low=low, high=high, choices=choices))
 
 @dataclass
 class RunSettings:
     """What both training commands may be told: every field is a flag. Defaults: preset `small`."""
     data: str = setting(SYNTHETIC, "corpus folder; this default is made when missing")
     preset: str = setting("small", "for two CPU cores, or as the paper", choices=("small", "paper"))
-    seed: int = setting(0, "seed of all that is random", low=0)
+    seed: int = setting(0, "seed of all that is random", low=0, high=2**32 - 1)
     device: str = setting("auto", "cpu, cuda, cuda:1, ...; auto is cuda where there is one")
     workers: int = setting(1, "loader processes; 0 loads in this process", low=0)
     runs: int = setting(5, "runs of a test, with fresh negatives [paper §4]", low=1)
@@ -344,13 +341,14 @@ class MatchSettings(RunSettings):
     k: int = setting(10, "candidates of a matching task in training [paper §4]", low=2)
     steps: int = setting(1500, "training steps [ours]", low=1)
     batch: int = setting(32, "clips per step and process, at least K [ours]", low=2)
-    seconds: float = setting(1.5, "length of a speech window [ours]; 6 in [paper §4]", low=0.25)
+    seconds: float = setting(1.5, "of speech in a training pair [ours]; 6 in [paper §4]", low=0.25)
     size: int = setting(64, "side of a face [ours]; 128 in [paper §2]", choices=(32, 64, 128))
     sinc_stride: int = setting(8, "of the sinc layer [ours]; 1 in [PASE]", choices=(1, 2, 4, 8))
     speech_width: int = setting(16, "sinc filters, unit of S's widths [ours]; 64 in [PASE]", low=1)
     face_width: int = setting(16, "F's first channels, unit of widths [ours]; 64 in [SNGAN]", low=1)
     embed_scale: float = setting(3.5, "length of an embedding [ours]", low=0.1)
     lr: float = setting(0.05, "peak learning rate of SGD [ours]", low=0)
+    augment: bool = setting(False, "vary faces and speech: for a few hundred clips [ours]")
     eval_every: int = setting(300, "steps between validations", low=1)
 
 @dataclass
@@ -366,7 +364,7 @@ class GanSettings(RunSettings):
     lr: float = setting(2e-3, "learning rate of G's Adam [ours]", low=0)
     d_lr: float = setting(1e-3, "learning rate of D's Adam [ours]", low=0)
     gamma: float = setting(1.0, "R1: gamma/2 E |grad_f g(f, c+)|^2 on real faces [R1]", low=0)
-    ema_decay: float = setting(0.998, "of the running average of G's weights [ours]", low=0)
+    ema_decay: float = setting(0.998, "of the running average of G's weights [ours]", low=0, high=1)
     eval_every: int = setting(500, "steps between validations and samples", low=1)
 
 BIG = dict(batch=64, steps=200_000, eval_every=2000, save_every=1000, log_every=100, workers=8)
@@ -419,6 +417,8 @@ def match_train(cfg):
     train_s, train_f = machine.wrap(speech_encoder), machine.wrap(face_encoder)
 
     for rng, speech, faces in run.batches(pairs):  # (B, T), (B, 3, H, W)
+        if cfg.augment:
+            speech, faces = augment(speech, faces, rng)
         candidates = sample_candidates(len(faces), cfg.k, rng)  # (B, K)
         with machine.autocast:
             se, fe = train_s(speech), train_f(faces)  # (B, T) -> (B, D), (B, 3, H, W) -> (B, D)
@@ -435,7 +435,7 @@ def match_train(cfg):
             speech_encoder.train(), face_encoder.train()
         if run.due(cfg.save_every):
             run.save("last.pt", parts, best=best)
-    if machine.is_first:
+    if machine.rank == 0:
         model = load_model(run.folder / "best.pt", MatchSettings, machine)
         report(model, corpus["test"], cfg, machine)
 
@@ -445,20 +445,20 @@ def gan_train(cfg):
     corpus = open_corpus(cfg.data, dict(train=cfg.batch, val=2, test=2), machine)
     run = Run(cfg, machine)
     trained = (run.last, GanSettings) if run.step else (cfg.match, MatchSettings)  # both hold S, F
-    match, speech_encoder, face_encoder, *_ = load_model(*trained, machine)
+    match_cfg, speech_encoder, face_encoder, *_ = load_model(*trained, machine)
     torch.manual_seed(cfg.seed)
-    generator = Generator(match.size, cfg.width).to(machine.device, memory_format=channels_last)
+    generator = Generator(match_cfg.size, cfg.width).to(machine.device, memory_format=channels_last)
     discriminator = Discriminator(face_encoder, cfg.weight).to(machine.device)
     g_ema = copy.deepcopy(generator)
     update_ema = torch.optim.swa_utils.get_ema_multi_avg_fn(cfg.ema_decay)
     g_optimizer = torch.optim.Adam(generator.parameters(), cfg.lr, BETAS)  # [paper §4]
     d_optimizer = torch.optim.Adam(discriminator.parameters(), cfg.d_lr, BETAS)
-    model = Model(match, speech_encoder, face_encoder, cfg, g_ema)
+    model = Model(match_cfg, speech_encoder, face_encoder, cfg, g_ema)
     parts = dict(speech=speech_encoder, face=face_encoder, g_ema=g_ema, g=generator,
                  d=discriminator, g_optimizer=g_optimizer, d_optimizer=d_optimizer)
     restore(parts, run.saved)
     train_g, train_d = machine.wrap(generator), machine.wrap(discriminator)
-    pairs = PairDataset(corpus["train"], match, cfg.batch, cfg.seed, shuffle=True)
+    pairs = PairDataset(corpus["train"], match_cfg, cfg.batch, cfg.seed, shuffle=True)
 
     for rng, speech, real in run.batches(pairs):  # (B, T), (B, 3, H, W)
         z = torch.randn(len(real), EMBED, generator=rng).to(real.device)  # (B, D)
@@ -478,10 +478,10 @@ def gan_train(cfg):
         share = min(1, 2 - 2 * (run.step - 1) / cfg.steps)  # of both rates: falls from half-way on
         descend(d_optimizer, loss_d + cfg.gamma / 2 * R1_EVERY * r1, share)
 
-        discriminator.requires_grad_(False)  # G's step trains G alone, against the new D
+        discriminator.requires_grad_(False)  # G's step trains G alone
         with machine.autocast:
-            (phi_fake, psi_fake), (phi_real, psi_real) = discriminator(fake), discriminator(real)
-        g_real, g_fake = logit(c_pos, phi_real, psi_real), logit(c_pos, phi_fake, psi_fake)  # (B,)
+            phi_fake, psi_fake = discriminator(fake)
+        g_real, g_fake = g_real.detach(), logit(c_pos, phi_fake, psi_fake)  # (B,); old and new D's
         match_fake, mismatch_fake = inner(c_pos, phi_fake), inner(c_neg, phi_fake)  # (B,), (B,)
         loss_g = (relid_loss(g_fake, g_real, match_fake, mismatch_fake)  # Eq. 6, non-saturating:
                   if cfg.loss == "relid" else rel_loss(g_fake, g_real))  # real and fake swapped
@@ -494,8 +494,8 @@ def gan_train(cfg):
         if run.due(cfg.eval_every):
             validate(model, corpus["val"], run)
         if run.due(cfg.save_every):
-            run.save("last.pt", parts, match=asdict(match))
-    if machine.is_first:
+            run.save("last.pt", parts, match=asdict(match_cfg))
+    if machine.rank == 0:
         report(model, corpus["test"], cfg, machine)
 
 # ==== 4. Evaluation: K-way tests [paper §4, Tables 1, 2], their ceiling, QTA 1 to 3, what c, z do =
@@ -590,12 +590,12 @@ def evaluate(model, split, labels, cfg, runs, machine):
     for seed in range(cfg.seed + 1000, cfg.seed + 1000 * (runs + 1), 1000):
         with machine.autocast:
             c, real, identity = embed(model, split, seed, machine, cfg.workers)
+            if model.gan:
+                z = torch.randn(c.shape, generator=torch.Generator().manual_seed(seed))  # (N, D)
+                fake = apply(model.face_encoder, apply(model.g_ema, z, c))  # (N, D)
         people = [labels.get(name, {}) for name in split.names[identity.numpy()]]
         scores = matching_scores(c, real, people, seed, "real/" if model.gan else "")
-        if model.gan:
-            z = torch.randn(c.shape, generator=torch.Generator().manual_seed(seed))  # (N, D)
-            fake = apply(model.face_encoder, apply(model.g_ema, z, c))  # (N, D)
-            scores |= drawn_scores(c, fake, real, people, seed)
+        scores |= drawn_scores(c, fake, real, people, seed) if model.gan else {}
         if all("voice_age" in row for row in people):
             voices, faces = oracle_embeddings(people)  # (N, E), (N, E)
             scores |= matching_scores(voices, faces, people, seed, "oracle/")
@@ -689,7 +689,7 @@ def plot_figures(model, split, path, machine, seed=0, columns=7):
     z = torch.randn(c.shape, generator=torch.Generator().manual_seed(seed))  # (N, D)
     fake, true = apply(model.g_ema, z, c), faces.cpu()  # (N, 3, H, W) each
     fe = apply(model.face_encoder, fake)  # (N, D)
-    nearest = (F.normalize(fe) @ F.normalize(real).T).argsort(1, descending=True)  # (N, N)
+    nearest = (fe @ real.T).argsort(1, descending=True)  # (N, N)
     t, shown = torch.linspace(0, 1, columns - 1)[:, None], np.linspace(0, len(c) - 1, 6, dtype=int)
     rows = [(f"{names[a]}: true face; drawn of the voice, by z",
              true[a:a + 1], apply(model.g_ema, z[:columns], c[a])) for a in shown]
@@ -700,16 +700,18 @@ def plot_figures(model, split, path, machine, seed=0, columns=7):
                  (f"{names[a]}; between two z", true[a:a + 1], apply(model.g_ema, noises, c[a])),
                  (f"{names[a]}: true face; a drawn one; the true ones nearest to that",
                   true[a:a + 1], fake[a:a + 1], true[nearest[a, :columns - 1]])]
-    for cd_c, cd_f in distance_panels(c, fe, [{}] * len(c), seed).values():  # (N,), (N,)
-        n = np.histogram2d(2 - cd_f, cd_c, bins=32, range=((0, 2), (0, 2)))[0]  # (32, 32)
-        rows.append(("couples: across CD(c1, c2), up CD(F(G(z1, c1)), F(G(z2, c2))), both 0 to 2",
-                     torch.tensor(1 - 2 * n / n.max()).float().expand(1, 3, -1, -1)))
-    plot_grid(path, rows)
+    labels, panels = read_labels(split.folder.parent), []
+    couples = distance_panels(c, fe, [labels.get(name, {}) for name in names], seed)
+    for cd_c, cd_f in couples.values():  # (n,), (n,)
+        n, *_ = np.histogram2d(2 - cd_f, cd_c, bins=32, range=((0, 2), (0, 2)))  # (32, 32)
+        panels.append(torch.tensor(1 - 2 * n / n.max()).float().expand(1, 3, -1, -1))
+    title = f"{', '.join(couples)} genders: across CD(c1, c2), up CD(F(G(z1, c1)), F(G(z2, c2)))"
+    plot_grid(path, rows + [(title, *panels)] * bool(panels))
 
-def report(model, split, args, machine, more={}):
+def report(model, split, args, machine, more=()):
     """Test as args say (data, out, runs, seed, workers); write the scores, and `more`, as
     metrics.json; print them as a Markdown table, beside the paper's, and return that."""
-    metrics = evaluate(model, split, read_labels(args.data), args, args.runs, machine) | more
+    metrics = evaluate(model, split, read_labels(args.data), args, args.runs, machine) | dict(more)
     (make_folder(args.out) / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
     table = "| in metrics.json | here | paper |\n|---|---|---|\n"
     for key in (key for key in metrics if not key.endswith("/std")):
@@ -728,23 +730,21 @@ def gan_test(args):
     """Write OUT/report.md with the figures and numbers of section 4, pictures, metrics.json."""
     machine, out, labels = Machine(args.device), make_folder(args.out), read_labels(args.data)
     model = load_model(args.gan, GanSettings, machine)
-    corpus = open_corpus(args.data, dict(test=3) | (dict(train=2) if labels else {}))
-    known = all("voice_age" in labels.get(name, {}) for s in corpus.values() for name in s.names)
+    known = "voice_age" in next(iter(labels.values()), {})  # as in a synthetic corpus
+    corpus = open_corpus(args.data, dict(test=3) | (dict(train=2) if known else {}))
     qla = control_scores(model, corpus, labels, machine) if known else {}
     plot_figures(model, corpus["test"], out / "figures.png", machine, args.seed)
-    page = (f"# {args.gan}: --loss {model.gan.loss}, people of {args.data}/test\n\n"
-            "![Figures 2 to 6](figures.png)\n\n"
+    page = (f"# {args.gan}, {args.data}/test\n\n![Figures 2 to 6](figures.png)\n\n"
             f"Mean ± deviation of {args.runs} runs; the paper's are of other people.\n\n")
     (out / "report.md").write_text(page + report(model, corpus["test"], args, machine, qla), "utf8")
     print(f"{out / 'report.md'}: written")
 
 def generate(args):
     """Draw n faces for each recording: a labelled picture, or a folder with one PNG per face."""
-    machine, rng = Machine(args.device), np.random.default_rng(args.seed)
-    model, noise = load_model(args.gan, GanSettings, machine), torch.Generator()
-    to_picture, rows = args.out.lower().endswith(".png"), []
+    model, noise = load_model(args.gan, GanSettings, Machine(args.device)), torch.Generator()
+    to_picture, rng, rows = args.out[-4:].lower() == ".png", np.random.default_rng(args.seed), []
     for number, path in enumerate(args.inputs, start=1):
-        speech = torch.from_numpy(load_speech(path, model.match.seconds, rng))[None]  # (1, T)
+        speech = torch.from_numpy(load_speech(path, HEARD, rng))[None]  # (1, T)
         if speech.abs().max() < SILENCE:
             raise UserError(f"{path}: silent where --seed {args.seed} listens")
         noise.manual_seed(args.seed if to_picture else args.seed + number)  # one z a column
@@ -763,6 +763,7 @@ def generate(args):
 # 1200.jpg was taken 1200 ms into its clip's one recording: its speech leaves out GUARD around that.
 SPEECH_FILES = (".wav", ".flac", ".mp3", ".m4a", ".aac", ".ogg", ".opus", ".wma")
 FACE_FILES = (".jpg", ".jpeg", ".png")
+HEARD = 6.0  # s of speech in tests and drawing, whatever training hears at once [paper §4]
 GUARD = 0.3  # s between a picture's moment and its speech, on both sides [ours]
 SPARE = 16  # further people who may stand in for a batch's unreadable ones [ours]
 MIN_SIDE = 32  # pixels; a smaller face is a fault [ours]
@@ -772,7 +773,7 @@ Split = namedtuple("Split", "folder names")  # a part of a corpus; names (P,) of
 def open_corpus(data, least, machine=None):
     """{split: Split} of the splits in `least`, which says how many identities each must have.
     No file is opened. With `machine`, for training, the synthetic corpus is made if missing."""
-    if machine and machine.is_first and data == SYNTHETIC and not Path(data).exists():
+    if machine and machine.rank == 0 and data == SYNTHETIC and not Path(data).exists():
         make_data(argparse.Namespace(identities=IDENTITIES, seed=0, inputs=data))
     if machine and machine.count > 1:
         distributed.barrier()  # for the corpus
@@ -869,7 +870,8 @@ class PairDataset:
     faces uint8 (B, H, W, 3), identity (B,), rows of split.names, and faults. With shuffle [ours]:
     people and flips at random, others for who cannot be read; without: everybody in order."""
     def __init__(self, split, cfg, batch, seed, shuffle=False):
-        self.split, self.cfg, self.batch, self.seed, self.shuffle = split, cfg, batch, seed, shuffle
+        self.split, self.batch, self.seed, self.shuffle = split, batch, seed, shuffle
+        self.size, self.seconds = cfg.size, cfg.seconds if shuffle else HEARD
 
     def __getitem__(self, i):
         rng, people = np.random.default_rng([self.seed, i]), len(self.split.names)
@@ -898,9 +900,25 @@ class PairDataset:
         picture = Path(rng.choice(beside or pictures))
         alone = sum(os.path.dirname(name) == clip for name in recordings) == 1
         moment = int(picture.stem) / 1000 if beside and alone and picture.stem.isdecimal() else None
-        face = load_face(folder / picture, self.cfg.size)
+        face = load_face(folder / picture, self.size)
         step = -1 if self.shuffle and rng.random() < 0.5 else 1  # -1 flips
-        return load_speech(folder / speech, self.cfg.seconds, rng, moment), face[:, ::step]
+        return load_speech(folder / speech, self.seconds, rng, moment), face[:, ::step]
+
+def augment(speech, faces, rng):
+    """Faces (B, 3, H, W) cut and coloured, speech (B, T) equalised and noisy, at each call anew, so
+    that a few hundred clips are not learned by heart; all strengths [ours]."""
+    def spread(*shape):
+        return 2 * torch.rand(len(faces), *shape, generator=rng).to(faces.device) - 1  # in -1 ... 1
+    zoom = 0.85 + 0.15 * spread(1, 1)  # (B, 1, 1); 70 to 100 % of the side, anywhere
+    cut = torch.cat([zoom * torch.eye(2, device=zoom.device), (1 - zoom) * spread(2, 1)], 2)
+    grid = F.affine_grid(cut, faces.shape, align_corners=False)  # (B, 2, 3) -> (B, H, W, 2)
+    faces = F.grid_sample(faces, grid, align_corners=False)
+    faces = faces * (1 + 0.3 * spread(3, 1, 1)) + 0.3 * spread(3, 1, 1)  # contrast, light
+    spectrum = torch.fft.rfft(speech)  # (B, T) -> (B, T/2+1)
+    level = F.interpolate(8 * spread(1, 16), spectrum.shape[1], mode="linear")[:, 0]  # dB
+    speech = torch.fft.irfft(spectrum * 10 ** (level / 20), speech.shape[1])
+    noise = torch.randn(speech.shape, generator=rng).to(speech.device)  # (B, T)
+    return speech + (0.1 + 0.1 * spread(1)) * speech.std(1, keepdim=True) * noise, faces
 
 def load_batches(pairs, batches, workers, device):
     """The batches of these numbers, made ahead by loader processes; faces (B, 3, H, W) in [-1, 1].
@@ -1092,7 +1110,6 @@ class Machine:
     def __init__(self, name):
         told, native = os.environ if distributed.is_torchelastic_launched() else {}, False
         self.rank, self.count = int(told.get("RANK", 0)), int(told.get("WORLD_SIZE", 1))
-        self.is_first = self.rank == 0
         name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
         name = f"cuda:{told['LOCAL_RANK']}" if name == "cuda" and told else name
         with as_user_error(f"--device {name}: not here, use cpu or auto"):
@@ -1137,7 +1154,7 @@ class Run:
 
     def due(self, every):
         """Whether the first process shall do what is done `every` so many steps and at the end."""
-        return self.machine.is_first and (self.step % every == 0 or self.step == self.cfg.steps)
+        return self.machine.rank == 0 and (self.step % every == 0 or self.step == self.cfg.steps)
 
     def log(self, **values):
         """Count a step; each --log-every print the means and add them to log.jsonl."""
@@ -1246,9 +1263,9 @@ def make_settings(args):
     """args, checked; of a training its settings, the preset's where no flag is given."""
     given = {name: x for name, x in vars(args).items() if name in args.flags}
     for name, value in given.items():
-        low = args.flags[name].metadata["low"]
-        if low is not None and not value >= low:  # true for NaN, too
-            raise UserError(f"{flag(name)} {value}: must be at least {low}")
+        low, high = args.flags[name].metadata["low"], args.flags[name].metadata["high"]
+        if low is not None and not low <= value <= high:  # true for NaN, too
+            raise UserError(f"{flag(name)} {value}: must be at least {low}, at most {high}")
     if args.run not in TRAININGS:
         return args
     kind = TRAININGS[args.run]
