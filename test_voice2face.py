@@ -342,7 +342,8 @@ CHANGES = dict(  # a setting: another value, and what it must change of what obs
     name: (value, "weights") for name, value in dict(
         seed=1, direction="f-v", k=3, steps=5, batch=8, seconds=0.3, size=64, sinc_stride=4,
         speech_width=6, face_width=6, embed_scale=5.0, lr=0.01, loss="rel", width=3, weight=0.5,
-        d_lr=0.01, gamma=5.0, ema_decay=0.5, augment=True).items()}
+        d_lr=0.01, gamma=5.0, ema_decay=0.5, augment=True,
+        weight_decay=0.1).items()}
 
 @pytest.mark.parametrize("command, name", [
     (command, f.name) for command, kind in KINDS.items() for f in fields(kind)

@@ -309,9 +309,8 @@ def r1_penalty(discriminator, faces, c):
 # ==== 3. Training both stages   [paper §3, §4] ====================================================
 DIRECTIONS, SPLITS = ("v-f", "f-v"), ("train", "val", "test")
 SYNTHETIC = "data/synthetic"  # the one corpus that is made where it is missing
-MOMENTUM, WEIGHT_DECAY = 0.9, 1e-4  # of SGD [ours]
 SINC_LR = 1e4  # the sinc cut-offs, being in Hz, learn this many times faster [ours]
-MAX_NORM = 1.0  # length to which longer gradients are cut [ours]
+MOMENTUM, MAX_NORM = 0.9, 1.0  # of SGD; longer gradients are cut to this length [ours]
 BETAS = (0.0, 0.99)  # of Adam [StyleGAN]
 R1_EVERY = 16  # R1 is computed in each 16th step, times 16 [StyleGAN2]
 
@@ -348,6 +347,7 @@ class MatchSettings(RunSettings):
     face_width: int = setting(16, "F's first channels, unit of widths [ours]; 64 in [SNGAN]", low=1)
     embed_scale: float = setting(3.5, "length of an embedding [ours]", low=0.1)
     lr: float = setting(0.05, "peak learning rate of SGD [ours]", low=0)
+    weight_decay: float = setting(1e-4, "of SGD, not of the sinc cut-offs [ours]", low=0)
     augment: bool = setting(False, "vary faces and speech: for a few hundred clips [ours]")
     eval_every: int = setting(300, "steps between validations", low=1)
 
@@ -404,7 +404,7 @@ def match_train(cfg):
     speech_encoder, face_encoder = make_encoders(cfg, machine.device)
     model = Model(cfg, speech_encoder, face_encoder)
     low_hz, band_hz, *weights = *speech_encoder.parameters(), *face_encoder.parameters()
-    groups = [dict(params=weights, weight_decay=WEIGHT_DECAY),
+    groups = [dict(params=weights, weight_decay=cfg.weight_decay),
               dict(params=[low_hz, band_hz], lr=cfg.lr * SINC_LR)]  # the sinc layer's
     optimizer = torch.optim.SGD(groups, cfg.lr, MOMENTUM)  # [paper §4]
     pairs = PairDataset(corpus["train"], cfg, cfg.batch, cfg.seed, shuffle=True)
@@ -637,7 +637,7 @@ def variance_shares(read):
 def control_scores(model, corpus, labels, machine, voices=48, noises=16):
     """QLA 1 to 3, by eye in the paper: {control/<factor>/...} of what a probe reads in faces drawn
     of V voices by Z noises. c, z: percent of variance; voice, probe: r with voice, true face."""
-    _, faces, names = sample_batch(corpus["train"], model.match, 2000, 0, machine)
+    _, faces, names = sample_batch(corpus["train"], model.match, 1000, 0, machine)
     known = numbers([labels[name] for name in names], FACTORS)  # (P, E)
     probe = fit_probe(faces.cpu(), known - known.mean(0))  # (M, E); alone learns from labels
     speech, faces, names = sample_batch(corpus["test"], model.match, 400, 0, machine)
