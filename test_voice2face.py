@@ -9,23 +9,8 @@
     uv run test_voice2face.py bench    speed of the loader, of a training step, of a large corpus
 """
 
-import contextlib
-import functools
-import io
-import itertools
-import json
-import math
-import os
-import random
-import re
-import shutil
-import subprocess
-import sys
-import tempfile
-import time
-import timeit
-import tracemalloc
-import wave
+import contextlib, functools, io, itertools, json, math, os, random, re, shutil, subprocess, sys
+import tempfile, time, timeit, tracemalloc, wave
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -288,7 +273,7 @@ def test_a_match_step_goes_down_equation_1(corpus, tmp_path, monkeypatch):
 @pytest.mark.parametrize("loss", ["relid", "rel"])
 def test_a_gan_step(loss, corpus, runs, tmp_path, monkeypatch):
     """D's step trains D on Eq. 5 or 4, then G's step trains G with real and fake swapped."""
-    nets, seen, moved, average = {}, {}, [], []
+    nets, seen, moved, average, shares = {}, {}, [], [], []
     roles, judge = itertools.cycle("dg"), v.Discriminator.forward
 
     def spied_generator(net, z, c, real=v.Generator.forward):
@@ -318,6 +303,7 @@ def test_a_gan_step(loss, corpus, runs, tmp_path, monkeypatch):
     def spied_descend(*args, real=v.descend):
         before = {name: [p.clone() for p in net.parameters()] for name, net in nets.items()}
         average[:] = average or [nets["g"].last.weight.detach().clone()]
+        shares.append(args[2])
         real(*args)
         moved.append([name for name, net in nets.items()
                       if not all(map(torch.equal, net.parameters(), before[name]))])
@@ -331,10 +317,21 @@ def test_a_gan_step(loss, corpus, runs, tmp_path, monkeypatch):
     match = runs.match / "best.pt"
     run("gan-train", "--data", corpus, "--match", match, "--out", tmp_path, "--loss", loss)
     after, before = (torch.load(x, weights_only=True) for x in (tmp_path / "last.pt", match))
+    assert shares == [1, 1, 1, 1, 1, 1, 0.5, 0.5]  # of the rates
     assert moved == [["d"], ["g"]] * 4 and all(torch.equal(t, after[part][key]) for part in (
         "speech", "face") for key, t in before[part].items())  # S and F are frozen
     assert_close(after["g_ema"]["last.weight"], average[0], rtol=0, atol=1e-6)
     assert (after["g"]["last.weight"] - average[0]).abs().max() > 1e-3
+
+def test_best_is_what_validated_best_and_rates_rise_and_fall(corpus, tmp_path, monkeypatch):
+    scores = [3.0, 5.0, 4.0, 5.0]
+    monkeypatch.setattr(v, "validate", lambda *args: scores.pop(0))
+    run("match-train", "--data", corpus, "--out", tmp_path, "--eval-every", 1)
+    kept = [torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("best", "last")]
+    assert (kept[0]["step"], kept[1]["step"], kept[1]["best"]) == (2, 4, 5.0)
+    shares = [v.warm_cosine(step, 20) for step in range(1, 21)]
+    fall = 0.5 + 0.5 * np.cos(np.pi * np.arange(18) / 18)
+    np.testing.assert_allclose(shares, [0.5, 1, *fall], rtol=1e-12)
 
 CHANGES = dict(  # a setting: another value, and what it must change of what observe() sees
     runs=(3, "metrics"), val_clips=(4, "tests"), eval_every=(4, "tests"), save_every=(3, "saves"),
@@ -375,19 +372,15 @@ def test_presets_help_and_flags(capsys):
 
 def test_augment_cuts_colours_equalises_and_adds_noise():
     n, rng, t = 200, torch.Generator().manual_seed(0), torch.arange(8000) / 8000
-    across = torch.linspace(-1, 1, 64).expand(n, 3, 64, 64)  # a picture that shows where it was cut
-    tone = torch.sin(2 * math.pi * 1000 * t).expand(n, -1)
-    speech, faces = v.augment(tone, across, rng)
-    inside = faces[:, :, 10, 1:-1]  # (n, 3, 62): still a line; its slope is zoom times contrast
-    slope = (inside[..., -1] - inside[..., 0]) / (across[0, 0, 0, -2] - across[0, 0, 0, 1])
-    torch.testing.assert_close(inside.diff(dim=-1), (slope / 31.5)[..., None].expand(-1, -1, 61),
-                               atol=1e-5, rtol=0)
-    assert 0.49 <= slope.min() < 0.6 and 1.2 < slope.max() <= 1.3
-    centre = inside.mean(-1)  # place of the cut times contrast, and light
-    assert centre.min() < -0.3 and centre.max() > 0.3 and centre.abs().max() <= 0.3 * 1.3 + 0.3
-    assert all(x.std(0).min() > 0.1 for x in (slope, centre))
+    across, tone = torch.linspace(-1, 1, 64), torch.sin(2 * math.pi * 1000 * t)
+    speech, faces = v.augment(tone.expand(n, -1), across.expand(n, 3, 64, 64), rng)
+    line = faces[:, :, 10, 1:-1]  # (n, 3, 62): still a line; its slope is zoom times contrast
+    slope, centre = line.diff(dim=-1) * 31.5, line.mean(-1)  # centre: place, contrast and light
+    assert slope.std(-1).max() < 1e-3 and slope.std(0).min() > 0.1 and centre.std(0).min() > 0.1
+    assert 0.48 < slope.min() < 0.6 and 1.2 < slope.max() < 1.31
+    assert 0.3 < centre.abs().max() <= 0.3 * 1.3 + 0.3
     level = 2 / 8000 * (speech * tone).sum(1)  # of the tone: up to 8 dB more or less
-    rest = (speech - level[:, None] * tone).std(1) / tone[0].std() / level  # of the noise
+    rest = (speech - level[:, None] * tone).std(1) / tone.std() / level  # of the noise: 0 to 0.2
     assert 0.39 < level.min() < 0.6 and 1.7 < level.max() < 2.52
     assert 0 <= rest.min() < 0.03 and 0.15 < rest.max() < 0.22
 
@@ -427,15 +420,6 @@ def test_same_gender_negatives_on_planted_embeddings():
         assert np.mean([row[key] for row in rows]) == approx(expected, abs=2)
     row = v.matching_scores(one_hot, one_hot, people, 0, "real/")
     assert row["real/v-f/2/gender"] == approx(50) and row["real/f-v/10/gender"] == approx(10)
-
-def test_untrained_networks_score_chance(corpus):
-    torch.manual_seed(0)
-    models = [v.Model(CFG, *v.make_encoders(CFG, CPU.device)) for _ in range(4)]
-    split = v.open_corpus(corpus, dict(train=2))["train"]
-    cfgs = [SimpleNamespace(seed=i, workers=0) for i in range(4)]
-    scores = [v.evaluate(*row, 2, CPU) for row in zip(models, [split] * 4, [{}] * 4, cfgs)]
-    for key, chance in (("v-f/2", 50), ("f-v/2", 50), ("v-f/10", 10), ("f-v/10", 10)):
-        assert np.mean([row[key] for row in scores]) == approx(chance, abs=6)
 
 @pytest.mark.parametrize("link, table", [(0.5, (86.7, 73.1, 43.7, 28.4)),
                                          (0.75, (93.3, 87.3, 65.0, 49.5))])  # simulated elsewhere
@@ -511,6 +495,26 @@ def test_match_test_repeats_the_metrics(runs, corpus, tmp_path):
     for key in ("v-f/2", "v-f/10", "f-v/2", "f-v/10", "v-f/2/gender"):
         assert {key, f"{key}/std", f"oracle/{key}"} <= json.loads(usual).keys()
 
+def test_control_scores_of_a_generator_that_shows_planted_factors(monkeypatch):
+    """A face is a row of numbers. S hears the voice's; G shows them, then the first five of z."""
+    def picture(values):  # (n, 9) -> (n, 3, 32, 32)
+        return torch.nn.functional.pad(values[:, None, None], (0, 23, 0, 31)).expand(-1, 3, -1, -1)
+
+    class Shown(torch.nn.Linear):
+        def forward(self, x, c=None):
+            return x if c is None else picture(torch.cat([3 * c[:, :4] - 1, x[:, :5]], 1))
+    rng, heard = np.random.default_rng(0), ["gender", *(f"voice_{name}" for name in v.LINKED)]
+    labels = {str(i): v.sample_person(rng) for i in range(400)}
+    voices, faces = (v.numbers(labels.values(), x) for x in (heard + 124 * ["pitch"], v.FACTORS))
+    monkeypatch.setattr(v, "sample_batch", lambda *args: (voices, picture(faces), labels))
+    model = v.Model(None, Shown(1, 1), None, None, Shown(1, 1))
+    scores = v.control_scores(model, dict(train=None, test=None), labels, CPU)
+    assert scores["control/gender/right"] == 100
+    for e, name in enumerate(v.FACTORS):
+        due = [scores[f"control/{name}/{cause}"] for cause in "cz"]
+        assert due == approx([100, 0] if e < 4 else [0, 100], abs=2), name
+        assert min(scores[f"control/{name}/{x}"] for x in ("probe", "voice")[:1 + (e < 4)]) > 0.98
+
 # ---- 5. Figures, report, faces for any recording
 def test_report_names_its_picture_and_measures_everything(corpus, runs, tmp_path):
     argv = ["gan-test", "--gan", runs.gan / "last.pt", "--workers", 0, "--runs", 2, "--data"]
@@ -526,17 +530,36 @@ def test_report_names_its_picture_and_measures_everything(corpus, runs, tmp_path
     usual = json.loads(runs.seen["match-train"]["metrics"])  # the same people and windows
     assert all(metrics[f"real/{key}"] == x for key, x in usual.items() if key[:6] != "oracle")
     assert "](figures.png)" in page and (tmp_path / "figures.png").exists()
-    machine, few = v.Machine("cpu"), v.thin(v.open_corpus(corpus, dict(test=2))["test"], 2)
-    model = v.load_model(runs.gan / "last.pt", v.GanSettings, machine)
-    v.plot_figures(model, few, tmp_path / "few.png", machine)  # two people make no couples to plot
+    model, split = v.load_model(runs.gan / "last.pt", v.GanSettings, CPU), v.open_corpus(
+        corpus, dict(test=2))["test"]
+    check_figures(model, split)
+    v.plot_figures(model, v.thin(split, 2), tmp_path / "few.png", CPU)  # no couples to plot
     assert Image.open(tmp_path / "few.png").size == (8 * 132, 15 * 152)
     run(*argv, plain_corpus(tmp_path / "plain"), "--out", tmp_path / "r")  # without labels
     page = (tmp_path / "r/report.md").read_text(encoding="utf8")
     assert "| preferred  " in page and not re.findall("control/|qta1/same", page)
 
-def test_generate_draws_for_any_recording(runs, tmp_path):
+def check_figures(model, split):
+    """The rows of plot_figures: planted distances, known ends between two z or c, order by F."""
+    panel, rows = (torch.full((9,), 0.3), torch.full((9,), 0.6)), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(v, "plot_grid", lambda path, found: rows.extend(
+            torch.cat(parts) for _, *parts in found))
+        patch.setattr(v, "distance_panels", lambda *args: {"all": panel})
+        v.plot_figures(model, split, None, CPU)
+    for row, end in ((6, rows[3][1]), (7, rows[7][-1])):  # drawn faces begin with row 0's first
+        assert_close(rows[row][1], rows[0][1]), assert_close(rows[row][6], end)
+        assert not torch.equal(rows[row][3], rows[row][1])
+    like = v.apply(model.face_encoder, rows[8][2:]) @ v.apply(model.face_encoder, rows[8][1:2])[0]
+    assert torch.equal(like, like.sort(descending=True).values) and len(rows) == 6 + 3 * 3 + 1
+    assert (rows[-1][0, 0] < 0).nonzero().tolist() == [[22, 4]]  # up and across, 16 bins for 1
+
+def test_generate_draws_for_any_recording(runs, tmp_path, monkeypatch):
     paths = [tmp_path / name for name in ("短い.wav", "high stereo.wav", "low.wav")]
-    write_wav(paths[0], 1600)  # less than this generator's window of 0.25 s
+    seen, load = [], v.load_speech
+    monkeypatch.setattr(v, "load_speech", lambda path, seconds, *more: (
+        seen.append(seconds) or load(path, seconds, *more)))
+    write_wav(paths[0], 1600)  # shorter than what is heard
     write_wav(paths[1], np.random.default_rng(0).uniform(-0.5, 0.5, (44100, 2)), 44100)
     write_wav(paths[2], 8000 * 2, 8000)
     for out, seed in (("new/a.png", 0), ("new/b.png", 1), ("faces", 0)):
@@ -544,6 +567,7 @@ def test_generate_draws_for_any_recording(runs, tmp_path):
             "--seed", seed)
     grid, other = (np.asarray(Image.open(tmp_path / f"new/{x}.png")) for x in "ab")
     assert grid.shape == (3 * (128 + 24), 3 * 132, 3) and not np.array_equal(grid, other)
+    assert {*seen} == {6}
     names = [f"{i + 1:04}_{path.stem}_z{k}.png" for i, path in enumerate(paths) for k in (1, 2, 3)]
     assert sorted(os.listdir(tmp_path / "faces")) == names
     faces = [np.asarray(Image.open(tmp_path / "faces" / name)) for name in names]
@@ -821,7 +845,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(corpus, runs, tmp_path, capsys)
 def test_a_diverging_run_says_so_and_saves_no_nan(command, corpus, runs, tmp_path, capsys):
     more = ["--match", runs.match / "best.pt"] * (command == "gan-train")
     assert "weights are NaN, the run diverged; try a lower --lr" in refused(
-        capsys, command, "--data", corpus, "--out", tmp_path, "--lr", 1e25, "--steps", 24,
+        capsys, command, "--data", corpus, "--out", tmp_path, "--lr", 2e9, "--steps", 24,
         "--eval-every", 99, "--save-every", 1, *more)
     for state in (torch.load(path, weights_only=True) for path in tmp_path.glob("*.pt")):
         assert all(t.isfinite().all() for part in ("speech", "face", "g", "g_ema", "d")
@@ -905,11 +929,15 @@ match-train --data {mess}/both --out {new} => test.train0: is in another split, 
 match-train --data {mess}/column --out {new} => labels.csv: must be CSV in UTF-8 with a column
 match-train --data {corpus} --out {new} --batch 99 => train: 62 identities, at least 99 are needed
 match-train --data {corpus} --out {new} --k 7 => --batch 6: must be at least --k 7
+match-train --data {mess}/quote --out {new} => labels.csv: not CSV
 match-train --data {corpus} --out {new} --seconds nan => --seconds nan: must be at least 0.25
+match-train --data {corpus} --out {new} --seconds inf => --seconds inf: .* at most 2147483648
+match-train --data {corpus} --out {new} --seed 4294967296 => --seed 4294967296: .* at most 4294967295
 match-train --data {corpus} --out {new} --device cuda:77 => --device cuda:77: not here, use cpu or
 match-train --data {corpus} --out {match} => --out .*: holds a run; name another folder, or --resume
 match-train --data {corpus} --out {match} --lr 0.1 --resume => the run in .* has --lr 0.05, not 0.1
 match-train --data {corpus} --out {mess}/cut --resume => last.pt: no checkpoint, or damaged
+match-train --data {corpus} --out {mess}/both --resume => last.pt: of another version
 match-test --data {corpus} --match {mess}/none.pt --out {new} => none.pt: no checkpoint
 match-test --data {corpus} --match {mess}/old.pt --out {new} => old.pt: of another version
 gan-test --data {corpus} --gan {match}/best.pt --out {mess} => best.pt: of the other
@@ -920,13 +948,15 @@ generate {mess}/quiet.wav --gan {gan}/last.pt --out {new} => quiet.wav: silent
 def mess(tmp_path_factory, runs):
     """A folder of faulty corpora, a silent recording and a checkpoint cut short."""
     root = tmp_path_factory.mktemp("mess")
-    for name in ("both", "column", "cut"):
+    for name in ("both", "column", "cut", "quote"):
         plain_corpus(root / name, 6)
     shutil.copytree(root / "both/train/train0", root / "both/test/train0")
     write_wav(root / "quiet.wav", np.zeros(16000))
     (root / "column/labels.csv").write_text("name;gender\n1;f\n")
-    old = torch.load(runs.match / "best.pt", weights_only=True)
-    torch.save(old | dict(speech={"other": old["step"]}), root / "old.pt")
+    (root / "quote/labels.csv").write_text('identity,gender\n"a,f\n' + 40_000 * "b,f\n")
+    for name, kept in (("best.pt", "old.pt"), ("last.pt", "both/last.pt")):
+        old = torch.load(runs.match / name, weights_only=True)
+        torch.save(old | dict(speech={"other": old["step"]}), root / kept)
     (root / "cut/last.pt").write_bytes((runs.match / "last.pt").read_bytes()[:9000])
     return root
 

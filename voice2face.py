@@ -34,10 +34,10 @@ Sources    [paper §x]; [PASE] Pascual et al. 2019; [SincNet] Ravanelli and Beng
            - a clip's negatives come from its own batch, which encodes each clip once;
            - the waveform's loudness is divided out, being the microphone's (SpeechEncoder);
            - the face encoder has no spectral norm, and a 1x1 layer in every shortcut (DBlock);
-           - psi reads phi's last layer, place by place (Discriminator);
+           - psi reads phi's last block, place by place (Discriminator);
            - AdaIN's style is [z, c], in which c has length 1 (AdaIN, Generator);
            - of our text of the paper only Eq. 2 is whole; how we read Eq. 5: relid_loss;
-           - the preset `small` hears 1.5 s and sees 64x64 pixels through narrower layers.
+           - the preset `small` trains on 1.5 s and 64x64 pixels with narrower layers.
 """
 
 import argparse, contextlib, copy, csv, datetime, functools, glob, io, itertools, json, math, os
@@ -267,7 +267,7 @@ class Generator(nn.Module):
 class Discriminator(nn.Module):
     """faces (B, 3, H, W) -> phi (B, D) and psi (B,), of which Eq. 2 makes g(f, c).
     phi starts as the trained F and goes on training [paper §3.2]. It comes out times `weight`, 1 in
-    the paper. psi, there of phi(f), here reads the 4x4 places that phi's head sums: from an
+    the paper. psi, there of phi(f), here reads the 4x4 places before they are summed: from an
     embedding G learned silhouettes, from the sum worse faces (README) [ours]."""
     def __init__(self, face_encoder, weight=1.0):
         super().__init__()
@@ -302,8 +302,7 @@ def relid_loss(g_real, g_fake, match, mismatch):
 def r1_penalty(discriminator, faces, c):
     """R1 = E |grad_f g(f, c)|^2 over faces (B, 3, H, W), without gamma / 2: -> () [R1]."""
     faces = faces.detach().requires_grad_(True)
-    g = logit(c, *discriminator(faces))  # (B,)
-    grad = torch.autograd.grad(g.sum(), faces, create_graph=True)[0]  # (B, 3, H, W)
+    grad = torch.autograd.grad(logit(c, *discriminator(faces)).sum(), faces, create_graph=True)[0]
     return grad.square().sum((1, 2, 3)).mean()  # (B, 3, H, W) -> (B,) -> ()
 
 # ==== 3. Training both stages   [paper §3, §4] ====================================================
@@ -314,7 +313,7 @@ MOMENTUM, MAX_NORM = 0.9, 1.0  # of SGD; longer gradients are cut to this length
 BETAS = (0.0, 0.99)  # of Adam [StyleGAN]
 R1_EVERY = 16  # R1 is computed in each 16th step, times 16 [StyleGAN2]
 
-def setting(default, meaning, low=None, high=math.inf, choices=None):
+def setting(default, meaning, low=None, high=2**31, choices=None):
     """A dataclass field with --help text and allowed values: low to high or one of `choices`."""
     return field(default=default, metadata=dict(help=meaning, low=low, high=high, choices=choices))
 
@@ -412,7 +411,7 @@ def match_train(cfg):
     centre_head(speech_encoder, speech)
     centre_head(face_encoder, faces)
     parts = dict(speech=speech_encoder, face=face_encoder, optimizer=optimizer)
-    restore(parts, run.saved)
+    restore(parts, run.saved, run.last)
     best = run.saved.get("best", -1.0)
     train_s, train_f = machine.wrap(speech_encoder), machine.wrap(face_encoder)
 
@@ -456,7 +455,7 @@ def gan_train(cfg):
     model = Model(match_cfg, speech_encoder, face_encoder, cfg, g_ema)
     parts = dict(speech=speech_encoder, face=face_encoder, g_ema=g_ema, g=generator,
                  d=discriminator, g_optimizer=g_optimizer, d_optimizer=d_optimizer)
-    restore(parts, run.saved)
+    restore(parts, run.saved, run.last)
     train_g, train_d = machine.wrap(generator), machine.wrap(discriminator)
     pairs = PairDataset(corpus["train"], match_cfg, cfg.batch, cfg.seed, shuffle=True)
 
@@ -478,10 +477,10 @@ def gan_train(cfg):
         share = min(1, 2 - 2 * (run.step - 1) / cfg.steps)  # of both rates: falls from half-way on
         descend(d_optimizer, loss_d + cfg.gamma / 2 * R1_EVERY * r1, share)
 
-        discriminator.requires_grad_(False)  # G's step trains G alone
+        discriminator.requires_grad_(False)  # G's step trains G alone; g_real is of D before [ours]
         with machine.autocast:
             phi_fake, psi_fake = discriminator(fake)
-        g_real, g_fake = g_real.detach(), logit(c_pos, phi_fake, psi_fake)  # (B,); old and new D's
+        g_real, g_fake = g_real.detach(), logit(c_pos, phi_fake, psi_fake)  # (B,)
         match_fake, mismatch_fake = inner(c_pos, phi_fake), inner(c_neg, phi_fake)  # (B,), (B,)
         loss_g = (relid_loss(g_fake, g_real, match_fake, mismatch_fake)  # Eq. 6, non-saturating:
                   if cfg.loss == "relid" else rel_loss(g_fake, g_real))  # real and fake swapped
@@ -500,9 +499,8 @@ def gan_train(cfg):
 
 # ==== 4. Evaluation: K-way tests [paper §4, Tables 1, 2], their ceiling, QTA 1 to 3, what c, z do =
 # A test takes one clip of each identity. Each run draws new negatives; windows, pictures, z [ours].
-# The judge is the first stage's F, not phi. people: the N clips' rows of labels.csv.
+# The judge is the first stage's F, not phi. people: N rows of labels.csv. Model: what was trained.
 GALLERY = 5000  # faces to retrieve from, at most [paper §4]
-# Trained networks and their settings; the last two are gan-train's.
 Model = namedtuple("Model", "match speech_encoder face_encoder gan g_ema", defaults=(None, None))
 
 def embed(model, split, seed, machine, workers=0):
@@ -705,12 +703,11 @@ def plot_figures(model, split, path, machine, seed=0, columns=7):
     for cd_c, cd_f in couples.values():  # (n,), (n,)
         n, *_ = np.histogram2d(2 - cd_f, cd_c, bins=32, range=((0, 2), (0, 2)))  # (32, 32)
         panels.append(torch.tensor(1 - 2 * n / n.max()).float().expand(1, 3, -1, -1))
-    title = f"{', '.join(couples)} genders: across CD(c1, c2), up CD(F(G(z1, c1)), F(G(z2, c2)))"
+    title = f"{', '.join(couples)} genders: across CD(c1, c2), up that of their drawn faces, 0 to 2"
     plot_grid(path, rows + [(title, *panels)] * bool(panels))
 
 def report(model, split, args, machine, more=()):
-    """Test as args say (data, out, runs, seed, workers); write the scores, and `more`, as
-    metrics.json; print them as a Markdown table, beside the paper's, and return that."""
+    """Test; write the scores and `more` to metrics.json; print and return a table of them."""
     metrics = evaluate(model, split, read_labels(args.data), args, args.runs, machine) | dict(more)
     (make_folder(args.out) / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
     table = "| in metrics.json | here | paper |\n|---|---|---|\n"
@@ -730,8 +727,9 @@ def gan_test(args):
     """Write OUT/report.md with the figures and numbers of section 4, pictures, metrics.json."""
     machine, out, labels = Machine(args.device), make_folder(args.out), read_labels(args.data)
     model = load_model(args.gan, GanSettings, machine)
-    known = "voice_age" in next(iter(labels.values()), {})  # as in a synthetic corpus
-    corpus = open_corpus(args.data, dict(test=3) | (dict(train=2) if known else {}))
+    made = "voice_age" in next(iter(labels.values()), {})
+    corpus = open_corpus(args.data, dict(test=3) | (dict(train=2) if made else {}))
+    known = all("voice_age" in labels.get(name, {}) for s in corpus.values() for name in s.names)
     qla = control_scores(model, corpus, labels, machine) if known else {}
     plot_figures(model, corpus["test"], out / "figures.png", machine, args.seed)
     page = (f"# {args.gan}, {args.data}/test\n\n![Figures 2 to 6](figures.png)\n\n"
@@ -772,7 +770,7 @@ Split = namedtuple("Split", "folder names")  # a part of a corpus; names (P,) of
 
 def open_corpus(data, least, machine=None):
     """{split: Split} of the splits in `least`, which says how many identities each must have.
-    No file is opened. With `machine`, for training, the synthetic corpus is made if missing."""
+    With `machine`, for training, the synthetic corpus is made if missing."""
     if machine and machine.rank == 0 and data == SYNTHETIC and not Path(data).exists():
         make_data(argparse.Namespace(identities=IDENTITIES, seed=0, inputs=data))
     if machine and machine.count > 1:
@@ -803,7 +801,8 @@ def read_labels(data):
     """labels.csv as {identity: {column: text}}; {} where there is none. Training never sees it."""
     path = Path(data, "labels.csv")
     text = path.read_text("utf-8-sig", "replace") if path.exists() else ""
-    rows = list(csv.DictReader(io.StringIO(text)))
+    with as_user_error(f"{path}: not CSV"):
+        rows = list(csv.DictReader(io.StringIO(text)))
     if rows and "identity" not in rows[0]:
         raise UserError(f"{path}: must be CSV in UTF-8 with a column 'identity'")
     return {row["identity"]: row for row in rows}
@@ -834,8 +833,8 @@ def sample_window(length, rate, seconds, moment, rng):
     return start, start + window
 
 def load_speech(path, seconds=None, rng=None, moment=None):
-    """A window of a recording, float32 (T,), T = 16000 seconds, beside `moment` (s) if given.
-    Shorter speech is repeated, longer cut at random [paper §4]; None seconds: all of it."""
+    """A window of a recording, (T,), T = 16000 seconds or all, beside `moment` (s) if given.
+    Shorter is repeated, longer cut at random [paper §4]; odd rates, costly, round to 25 Hz."""
     with as_user_error(f"{path}: neither 16-bit WAV nor readable by torchaudio"):
         try:
             with wave.open(str(path)) as f:
@@ -851,9 +850,9 @@ def load_speech(path, seconds=None, rng=None, moment=None):
             x, rate = torchaudio.load(path)  # (channels, T)
             start, stop = sample_window(x.shape[1], rate, seconds, moment, rng)
             x = x[:, start:stop].mean(0).numpy()  # (channels, T) -> (T,)
+        x = torchaudio.functional.resample(torch.from_numpy(x), 25 * round(rate / 25), RATE).numpy()
     if not len(x) or not np.isfinite(x).all():
         raise UserError(f"{path}: no speech in it, or none beside its face's time, or NaN")
-    x = torchaudio.functional.resample(torch.from_numpy(x), rate, RATE).numpy()
     return np.resize(x, round(seconds * RATE)) if seconds else x  # np.resize repeats or cuts
 
 def load_face(path, size):
@@ -1069,15 +1068,14 @@ def draw_face(person, opening):
     return image.reduce(OVERSAMPLE)
 
 def write_person(data, seed, i, split):
-    """Write the clip of person i of a seed; returns their row of labels.csv.
-    The mouth opens with the loudness in the 50 ms around the moment, relative to the loudest."""
+    """Write the clip of person i of a seed; returns their row of labels.csv."""
     rng, name = np.random.default_rng([seed, i]), f"id{i:05}"
     person, folder = sample_person(rng), make_folder(Path(data, split, name, "clip"))
     speech = synth_speech(person, rng)
     with wave.open(str(folder / "speech.wav"), "wb") as f:
         f.setparams((1, 2, RATE, 0, "NONE", ""))  # one channel of 2 bytes
         f.writeframes(speech.tobytes())
-    energy = np.cumsum(np.pad(speech / 32768, RATE // 40) ** 2)
+    energy = np.cumsum(np.pad(speech / 32768, RATE // 40) ** 2)  # of 50 ms: the mouth opens by it
     loudness = np.sqrt(energy[RATE // 20:] - energy[:-RATE // 20])  # (samples,)
     for moment in rng.choice(1000 * CLIP_SECONDS, FRAMES, replace=False):  # ms
         face = draw_face(person, loudness[moment * RATE // 1000] / loudness.max())
@@ -1201,10 +1199,11 @@ def load_checkpoint(path, kind, device):
         raise UserError(f"{path}: of the other training, {found}; {kind.__name__} is needed")
     return state
 
-def restore(parts, state):
-    """Load the states of parts from a checkpoint, if they are in it."""
-    for name in parts.keys() & state.keys():
-        parts[name].load_state_dict(state[name])
+def restore(parts, state, path):
+    """Load the states of parts from the checkpoint at path, if they are in it."""
+    with as_user_error(f"{path}: of another version of this file, train anew"):
+        for name in parts.keys() & state.keys():
+            parts[name].load_state_dict(state[name])
 
 def load_model(path, kind, machine):
     """The Model of a training with settings of this kind."""
@@ -1215,7 +1214,7 @@ def load_model(path, kind, machine):
         g_ema = Generator(match.size, gan.width) if gan else nn.Identity()
         g_ema.to(machine.device, memory_format=torch.channels_last)
         speech_encoder, face_encoder = make_encoders(match, machine.device)
-        restore(dict(speech=speech_encoder, face=face_encoder, g_ema=g_ema), state)
+    restore(dict(speech=speech_encoder, face=face_encoder, g_ema=g_ema), state, path)
     return Model(match, speech_encoder.eval(), face_encoder.eval(), gan, g_ema)
 
 # ==== 9. Command line: the flags of a training are its settings ===================================
@@ -1240,7 +1239,7 @@ def make_parser():
                 split=setting("test", "part of the corpus", choices=SPLITS))),
             (gan_test, "", test | drawn | dict(
                 out=setting("runs/gan/report", "folder for report.md, pictures, metrics.json"))),
-            (generate, "SPEECH", drawn | dict(n=setting(8, "faces per recording", low=1),
+            (generate, "SPEECH", drawn | dict(n=setting(8, "faces per recording", low=1, high=1000),
                 seed=gan["seed"], device=gan["device"], out=setting("faces.png", "NAME.png: a "
                 "labelled picture, one z a column; else a folder: a PNG per face, each of its z"))),
             (make_data, "DIR", dict(seed=gan["seed"], identities=setting(
@@ -1293,6 +1292,7 @@ def main(argv=None):
     return code
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # for consoles without, say, Cyrillic
     exit_code = main()
     sys.stdout.flush()
     if distributed.is_initialized():
