@@ -25,18 +25,18 @@ Glossary   paper  here          shape         meaning
            V-F    "v-f"                       pick a face for a voice among K; F-V is the reverse
            One letter per dimension: B clips, K candidates (1 positive, K - 1 negatives), T samples,
            L frames, C channels, M taps or pixels, H W pixels, D = 128 embedding, N clips of a test,
-           G a gallery, P people, V voices, Z noises, E numbers. F is torch.nn.functional, too.
+           G a gallery, P people, V voices, Z noises, E numbers. F: also nn.functional, E: a mean.
 Sources    [paper §x]; [PASE] Pascual et al. 2019; [SincNet] Ravanelli and Bengio 2018; [SNGAN]
            Miyato and Koyama 2018; [StyleGAN], [StyleGAN2] Karras et al. 2019, 2020; [R1] Mescheder
-           et al. 2018; [ours] where the paper is silent. Where this differs, and why:
+           et al. 2018; [ours] where our text of the paper is silent. Where this differs, and why:
            - all embeddings have one length, so that Eq. 1's inner product is a cosine times a
              constant: with free lengths training stays on a plateau at first (scale_normalize);
            - a clip's negatives come from its own batch, which encodes each clip once;
            - the waveform's loudness is divided out, being the microphone's (SpeechEncoder);
            - the face encoder has no spectral norm, and a 1x1 layer in every shortcut (DBlock);
-           - psi reads phi's last block, place by place (Discriminator);
+           - psi, of two layers, reads phi's last 4x4 map before it is summed (Discriminator);
            - AdaIN's style is [z, c], in which c has length 1 (AdaIN, Generator);
-           - of our text of the paper only Eq. 2 is whole; how we read Eq. 5: relid_loss;
+           - our text has no appendices, of Eq. 1 and 3 to 6 only the prose: we read (relid_loss);
            - the preset `small` trains on 1.5 s and 64x64 pixels with narrower layers.
 """
 
@@ -70,7 +70,7 @@ def as_user_error(what):
 
 # ==== 1. Inference: two encoders and the K-way loss   [paper §3.1] ================================
 PASE_KERNELS = (251, 20, 11, 11, 11, 11, 11, 11)  # [PASE]; the first is the sinc layer
-PASE_STRIDES = (1, 10, 2, 1, 2, 1, 2, 2)  # [PASE]; 160 in all, so that 6 s are 600 frames
+PASE_STRIDES = (1, 10, 2, 1, 2, 1, 2, 2)  # [PASE]; 160 in all: 6 s are 600 frames
 PASE_WIDTHS = (1, 1, 2, 2, 4, 4, 8, 8)  # [PASE]; in units of the sinc layer's 64 filters
 MIN_HZ = 50  # the least cut-off and the least band of a sinc filter [SincNet]
 
@@ -84,7 +84,7 @@ class SincConv(nn.Module):
         super().__init__()
         self.stride = stride
         lowest, highest = (2595 * math.log10(1 + hz / 700) for hz in (30, RATE / 2 - 2 * MIN_HZ))
-        mel = torch.linspace(lowest, highest, filters + 1)  # (C+1,), MIN_HZ to come [SincNet]
+        mel = torch.linspace(lowest, highest, filters + 1)  # (C+1,); MIN_HZ is added later
         hz = 700 * (10 ** (mel / 2595) - 1)  # (C+1,)
         self.low_hz = nn.Parameter(hz[:-1, None])  # (C, 1)
         self.band_hz = nn.Parameter(hz.diff()[:, None])  # (C, 1)
@@ -104,12 +104,12 @@ class SincConv(nn.Module):
 
 def scale_normalize(x, scale):
     """Embeddings (B, D) of one length: inner products become scale^2 cos [ours].
-    With free lengths Eq. 1 has hardly a gradient at first: a plateau at the loss log K."""
+    With free lengths training stays at the loss log K for long."""
     return scale * F.normalize(x.float(), dim=1)  # float: a GPU's layers may answer in bfloat16
 
 class SpeechEncoder(nn.Module):
     """S: waveforms (B, T) -> embeddings (B, D). PASE's encoder, a mean over time, a linear map.
-    The sinc layer and 7 convolutions [paper §3.1], each between reflected ends and batch norm with
+    The sinc layer and 7 convolutions [paper §3.1], each reflection-padded, then batch norm with
     a PReLU per channel [PASE]; mean and linear map are [ours]. In PASE width is 64, sinc_stride 1.
     Layers are 2-D, of one row, so that channels can be last in memory: faster on a CPU."""
     def __init__(self, width=64, sinc_stride=1, scale=1.0):
@@ -145,7 +145,7 @@ class DBlock(nn.Module):
         h = self.conv2(F.relu(h))  # (B, C, H, W) -> (B, C', H, W)
         if self.down:
             h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)  # H, W -> H/2, W/2
-        return h + self.skip(x)  # a 1x1 layer may as well follow the pooling: a quarter of the work
+        return h + self.skip(x)  # 1x1 layer and pooling commute: a quarter of the work
 
 class FaceEncoder(nn.Module):
     """F: faces (B, 3, H, W) -> embeddings (B, D). The body of [SNGAN]'s projection discriminator.
@@ -184,9 +184,9 @@ def centre_head(encoder, x):
     encoder.head.bias.copy_((encoder.head.bias - mean) / std)
 
 def sample_candidates(rows, k, generator):
-    """Columns (rows, K) of each row's candidates: itself, then K - 1 different other rows.
-    Rows are clips of different identities [paper §4]. All share K - 1 random shifts to negatives,
-    around the end: every other row is equally likely, each a negative equally often [ours]."""
+    """Row numbers (rows, K) of each row's candidates: itself, then K - 1 different others.
+    Rows are clips of different identities [paper §4]. All share shift 0 and K - 1 random cyclic
+    ones: every other row is equally likely, and each a negative equally often [ours]."""
     if rows < k:
         raise UserError(f"K = {k} needs {k} identities at once, only {rows} could be read")
     shifts = F.pad(torch.randperm(rows - 1, generator=generator)[:k - 1] + 1, (1, 0))  # (K,)
@@ -214,7 +214,7 @@ class AdaIN(nn.Module):
         self.style = nn.Linear(2 * EMBED, 2 * channels)
 
     def forward(self, x, style):
-        scale, shift = self.style(style)[:, :, None, None].chunk(2, 1)  # (B, 2C) -> 2 (B, C, 1, 1)
+        scale, shift = self.style(style)[:, :, None, None].chunk(2, 1)  # -> two (B, C, 1, 1)
         x = x - x.mean((2, 3), keepdim=True)  # (B, C, H, W) - (B, C, 1, 1)
         var = x.square().mean((2, 3), keepdim=True)  # -> (B, C, 1, 1)
         scale = ((1 + scale) * (var + 1e-5).rsqrt()).to(x.dtype)  # a GPU's bfloat16 stays that
@@ -222,8 +222,8 @@ class AdaIN(nn.Module):
 
 class GBlock(nn.Module):
     """Residual block of [SNGAN]'s generator: (B, C, H, W), style (B, 2D) -> (B, C', 2H, 2W).
-    Up-sampling is bilinear as in [StyleGAN], for nearest-neighbour left stripes; it follows the
-    first convolution and the 1x1 layer, in [SNGAN] it is before them: half of the time [ours]."""
+    Up-sampling is bilinear as in [StyleGAN], as nearest-neighbour left stripes; it follows the
+    first convolution and the 1x1 layer, in [SNGAN] it is before them: half the time [ours]."""
     def __init__(self, channels, out):
         super().__init__()
         self.norm1, self.norm2 = AdaIN(channels), AdaIN(out)
@@ -243,8 +243,8 @@ def double(x):
 class Generator(nn.Module):
     """G: z (B, D) and c (B, D) -> faces (B, 3, H, W) in [-1, 1].
     A linear map of [z, c] to 4x4 places, blocks that double the side, tanh [SNGAN]; AdaIN in each
-    layer [paper §3.2]. In [SNGAN] width is 64, size 128. c is read with length 1: varying in few
-    directions, it then does so in each about as much as z does in its 128 [ours]."""
+    layer [paper §3.2]. In [SNGAN] width is 64, size 128. c is scaled to length 1: it varies in
+    few directions, in each then about as much as z does in each of its 128 [ours]."""
     def __init__(self, size=128, width=64):
         super().__init__()
         ups = int(math.log2(size)) - 2
@@ -267,14 +267,14 @@ class Generator(nn.Module):
 class Discriminator(nn.Module):
     """faces (B, 3, H, W) -> phi (B, D) and psi (B,), of which Eq. 2 makes g(f, c).
     phi starts as the trained F and goes on training [paper §3.2]. It comes out times `weight`, 1 in
-    the paper. psi, there of phi(f), here reads the 4x4 places before they are summed: from an
-    embedding G learned silhouettes, from the sum worse faces (README) [ours]."""
+    the paper. psi, there of phi(f), here reads the 4x4 places before their sum: fed the embedding,
+    it taught G silhouettes, fed the sum worse faces (README) [ours]."""
     def __init__(self, face_encoder, weight=1.0):
         super().__init__()
         self.phi, self.weight = copy.deepcopy(face_encoder), weight
         width = face_encoder.head.in_features  # C
         self.psi = nn.Sequential(nn.Linear(width * 4 * 4, width), nn.LeakyReLU(0.2),
-                                 nn.Linear(width, 1, bias=False))  # losses take differences of psi
+                                 nn.Linear(width, 1, bias=False))  # a bias would cancel out
 
     def forward(self, faces):
         h = F.relu(self.phi.blocks(faces))  # (B, 3, H, W) -> (B, C, 4, 4)
@@ -296,7 +296,7 @@ def relid_loss(g_real, g_fake, match, mismatch):
     """-E log A(g(real, c+) - g(fake, c+) + <c+, phi(real)> - <c-, phi(real)>): Eq. 5 in Eq. 6.
     All (B,). match = <c+, phi(real)>, which g(real, c+) holds once already, and mismatch =
     <c-, phi(real)> keep D asking who fits whom, which phi would forget [paper §3.2]. Our reading:
-    one sigmoid around all terms, as in Eq. 4; for G the fake takes the real face's place in all."""
+    one sigmoid around all terms, as in Eq. 4; for G real and fake swap in all four."""
     return -F.logsigmoid(g_real - g_fake + match - mismatch).mean()
 
 def r1_penalty(discriminator, faces, c):
@@ -321,7 +321,7 @@ def setting(default, meaning, low=None, high=2**31, choices=None):
 class RunSettings:
     """What both training commands may be told: every field is a flag. Defaults: preset `small`."""
     data: str = setting(SYNTHETIC, "corpus folder; this default is made when missing")
-    preset: str = setting("small", "for two CPU cores, or as the paper", choices=("small", "paper"))
+    preset: str = setting("small", "for two CPU cores, or the paper's", choices=("small", "paper"))
     seed: int = setting(0, "seed of all that is random", low=0, high=2**32 - 1)
     device: str = setting("auto", "cpu, cuda, cuda:1, ...; auto is cuda where there is one")
     workers: int = setting(1, "loader processes; 0 loads in this process", low=0)
@@ -359,7 +359,7 @@ class GanSettings(RunSettings):
     steps: int = setting(5000, "training steps, each one of D and one of G [ours]", low=1)
     batch: int = setting(8, "real faces per step and process [ours]", low=2)
     width: int = setting(16, "G's last channels, unit of widths [ours]; 64 in [SNGAN]", low=1)
-    weight: float = setting(1.0, "of <c, phi(f)> beside psi(f) [paper §3.2]", low=0)
+    weight: float = setting(1.0, "of <c, phi(f)> beside psi(f) [ours]", low=0)
     lr: float = setting(2e-3, "learning rate of G's Adam [ours]", low=0)
     d_lr: float = setting(1e-3, "learning rate of D's Adam [ours]", low=0)
     gamma: float = setting(1.0, "R1: gamma/2 E |grad_f g(f, c+)|^2 on real faces [R1]", low=0)
@@ -387,7 +387,7 @@ def warm_cosine(step, steps):
 def descend(optimizer, loss, share, max_norm=math.inf):
     """One step down the loss at a share of the peak rates, those the optimizer was made with."""
     for group in optimizer.param_groups:
-        group["lr"] = share * group.setdefault("peak", group["lr"])  # kept by the first call
+        group["lr"] = share * group.setdefault("peak", group["lr"])  # peak: lr at the first call
     optimizer.zero_grad()
     loss.backward()
     weights = [p for group in optimizer.param_groups for p in group["params"]]
@@ -404,7 +404,7 @@ def match_train(cfg):
     model = Model(cfg, speech_encoder, face_encoder)
     low_hz, band_hz, *weights = *speech_encoder.parameters(), *face_encoder.parameters()
     groups = [dict(params=weights, weight_decay=cfg.weight_decay),
-              dict(params=[low_hz, band_hz], lr=cfg.lr * SINC_LR)]  # the sinc layer's
+              dict(params=[low_hz, band_hz], lr=cfg.lr * SINC_LR)]  # first two: the sinc layer's
     optimizer = torch.optim.SGD(groups, cfg.lr, MOMENTUM)  # [paper §4]
     pairs = PairDataset(corpus["train"], cfg, cfg.batch, cfg.seed, shuffle=True)
     speech, faces, *_ = next(load_batches(pairs, [0], 0, machine.device))
@@ -431,7 +431,7 @@ def match_train(cfg):
             if score > best:
                 best = score
                 run.save("best.pt", parts)
-            speech_encoder.train(), face_encoder.train()
+            speech_encoder.train(), face_encoder.train()  # validation left them in eval mode
         if run.due(cfg.save_every):
             run.save("last.pt", parts, best=best)
     if machine.rank == 0:
@@ -439,7 +439,7 @@ def match_train(cfg):
         report(model, corpus["test"], cfg, machine)
 
 def gan_train(cfg):
-    """Train G and D [paper §3.2]; g_ema, the running average of G, is what is kept and tested."""
+    """Train G and D [paper §3.2]; g_ema, the running average of G, is tested and drawn with."""
     machine = Machine(cfg.device)
     corpus = open_corpus(cfg.data, dict(train=cfg.batch, val=2, test=2), machine)
     run = Run(cfg, machine)
@@ -477,9 +477,9 @@ def gan_train(cfg):
         share = min(1, 2 - 2 * (run.step - 1) / cfg.steps)  # of both rates: falls from half-way on
         descend(d_optimizer, loss_d + cfg.gamma / 2 * R1_EVERY * r1, share)
 
-        discriminator.requires_grad_(False)  # G's step trains G alone; g_real is of D before [ours]
+        discriminator.requires_grad_(False)  # G alone learns; g_real is from before D's step [ours]
         with machine.autocast:
-            phi_fake, psi_fake = discriminator(fake)
+            phi_fake, psi_fake = discriminator(fake)  # not wrapped: D gets no gradient
         g_real, g_fake = g_real.detach(), logit(c_pos, phi_fake, psi_fake)  # (B,)
         match_fake, mismatch_fake = inner(c_pos, phi_fake), inner(c_neg, phi_fake)  # (B,), (B,)
         loss_g = (relid_loss(g_fake, g_real, match_fake, mismatch_fake)  # Eq. 6, non-saturating:
@@ -499,7 +499,7 @@ def gan_train(cfg):
 
 # ==== 4. Evaluation: K-way tests [paper §4, Tables 1, 2], their ceiling, QTA 1 to 3, what c, z do =
 # A test takes one clip of each identity. Each run draws new negatives; windows, pictures, z [ours].
-# The judge is the first stage's F, not phi. people: N rows of labels.csv. Model: what was trained.
+# The judge is the first stage's F, not phi. people: N rows of labels.csv. Model: both trainings'.
 GALLERY = 5000  # faces to retrieve from, at most [paper §4]
 Model = namedtuple("Model", "match speech_encoder face_encoder gan g_ema", defaults=(None, None))
 
@@ -563,7 +563,7 @@ def recall(distances, name):
 
 @torch.no_grad()
 def apply(network, *inputs):
-    """network(*inputs) in eval mode, on the CPU, of (N, ...) each or of one (...) for all."""
+    """network(*inputs), left in eval mode; answers on the CPU; inputs (N, ...), or one for all."""
     device = next(network.eval().parameters()).device
     chunks = zip(*(x.split(32) for x in torch.broadcast_tensors(*inputs)))  # 32 rows at a time
     return torch.cat([network(*(x.to(device) for x in chunk)).cpu() for chunk in chunks])
@@ -617,7 +617,7 @@ def validate(model, split, run, runs=1):
 
 def fit_probe(faces, targets, noise=0.1):
     """The linear map (M, E) that best reads targets (N, E) off pixels of faces (N, 3, H, W): ridge
-    regression, as if pixels had this noise [ours], lest it hang on what drawn faces lack."""
+    regression, as if pixels had this noise [ours], lest it rely on detail that drawn faces lack."""
     x = pixels(faces)  # (N, M)
     ridge = len(x) * noise**2 * torch.eye(x.shape[1])  # (M, M)
     return torch.linalg.solve(x.T @ x + ridge, x.T @ targets)  # (M, E)
@@ -627,17 +627,17 @@ def pixels(faces):
     return F.pad(F.adaptive_avg_pool2d(faces, 32).flatten(1), (0, 1), value=1.0)
 
 def variance_shares(read):
-    """Two-way analysis of variance of (V voices, Z, E): {"c", "z": percent by it alone, (E,)}."""
+    """Two-way analysis of variance of (V voices, Z, E): {"c", "z": percent due to it, (E,)}."""
     total = read.var((0, 1), correction=0) / 100  # (V, Z, E) -> (E,)
     return {"c": read.mean(1).var(0, correction=0) / total,  # (V, Z, E) -> (V, E) -> (E,)
             "z": read.mean(0).var(0, correction=0) / total}  # (V, Z, E) -> (Z, E) -> (E,)
 
 def control_scores(model, corpus, labels, machine, voices=48, noises=16):
     """QLA 1 to 3, by eye in the paper: {control/<factor>/...} of what a probe reads in faces drawn
-    of V voices by Z noises. c, z: percent of variance; voice, probe: r with voice, true face."""
+    of V voices by Z noises. c, z: percent of variance; voice: r with it; probe: of true faces."""
     _, faces, names = sample_batch(corpus["train"], model.match, 1000, 0, machine)
     known = numbers([labels[name] for name in names], FACTORS)  # (P, E)
-    probe = fit_probe(faces.cpu(), known - known.mean(0))  # (M, E); alone learns from labels
+    probe = fit_probe(faces.cpu(), known - known.mean(0))  # (M, E); all that learns of labels
     speech, faces, names = sample_batch(corpus["test"], model.match, 400, 0, machine)
     people, seen = [labels[name] for name in names], pixels(faces.cpu()) @ probe  # (N, E)
     z = torch.randn(noises, EMBED, generator=torch.Generator().manual_seed(0))  # (Z, D)
@@ -681,7 +681,7 @@ def sample_batch(split, cfg, count, seed, machine):
     return speech, faces, pairs.split.names[identity.numpy()]
 
 def plot_figures(model, split, path, machine, seed=0, columns=7):
-    """Figures 2 to 6: faces by z, between voices, between z, retrieved ones; distances."""
+    """Figures 2 to 6: faces by z, between voices, between z, retrieved; distances, dark: many."""
     speech, faces, names = sample_batch(split, model.match, 200, seed, machine)
     c, real = apply(model.speech_encoder, speech), apply(model.face_encoder, faces)  # (N, D) each
     z = torch.randn(c.shape, generator=torch.Generator().manual_seed(seed))  # (N, D)
@@ -758,7 +758,7 @@ def generate(args):
     print(f"{args.out}: {args.n} faces for each of {len(args.inputs)} recordings")
 
 # ==== 6. Data: DATA/{train,val,test}/<identity>/<clip>/*.wav *.jpg, DATA/labels.csv   [ours] ======
-# 1200.jpg was taken 1200 ms into its clip's one recording: its speech leaves out GUARD around that.
+# 1200.jpg was taken 1200 ms into its clip's one recording, which is heard GUARD before or after.
 SPEECH_FILES = (".wav", ".flac", ".mp3", ".m4a", ".aac", ".ogg", ".opus", ".wma")
 FACE_FILES = (".jpg", ".jpeg", ".png")
 HEARD = 6.0  # s of speech in tests and drawing, whatever training hears at once [paper §4]
@@ -816,7 +816,7 @@ def list_files(identity):
     return kinds
 
 def sample_window(length, rate, seconds, moment, rng):
-    """(start, stop) of a window of a recording, in samples, beside moment +- GUARD (s; or None).
+    """(start, stop) of a window of a recording, in samples, outside moment +- GUARD (s; or None).
     Of all windows that fit each is equally likely; where none fits, it is the longer side
     [paper §4: speech and face from different time frames]. None seconds: everything."""
     sides = [(0, length)]
@@ -834,7 +834,7 @@ def sample_window(length, rate, seconds, moment, rng):
 
 def load_speech(path, seconds=None, rng=None, moment=None):
     """A window of a recording, (T,), T = 16000 seconds or all, beside `moment` (s) if given.
-    Shorter is repeated, longer cut at random [paper §4]; odd rates, costly, round to 25 Hz."""
+    Shorter is repeated, longer cut at random [paper §4]; rates round to 25 Hz, or some cost GB."""
     with as_user_error(f"{path}: neither 16-bit WAV nor readable by torchaudio"):
         try:
             with wave.open(str(path)) as f:
@@ -867,7 +867,7 @@ def load_face(path, size):
 class PairDataset:
     """Batches of pairs of different identities, pure functions of seed and number: speech (B, T),
     faces uint8 (B, H, W, 3), identity (B,), rows of split.names, and faults. With shuffle [ours]:
-    people and flips at random, others for who cannot be read; without: everybody in order."""
+    people and flips at random, others replace the unreadable; without: all in order."""
     def __init__(self, split, cfg, batch, seed, shuffle=False):
         self.split, self.batch, self.seed, self.shuffle = split, batch, seed, shuffle
         self.size, self.seconds = cfg.size, cfg.seconds if shuffle else HEARD
@@ -921,7 +921,7 @@ def augment(speech, faces, rng):
 
 def load_batches(pairs, batches, workers, device):
     """The batches of these numbers, made ahead by loader processes; faces (B, 3, H, W) in [-1, 1].
-    Warns of unreadable files; ends the run where they outnumber what could be read."""
+    Warns of unreadable files; ends the run where they outnumber the readable by over SPARE."""
     loader = torch.utils.data.DataLoader(pairs, batch_size=None, sampler=batches,
                                          num_workers=workers, pin_memory=device.type == "cuda")
     bad = read = 0
@@ -964,7 +964,7 @@ def check_data(args):
     return bool(faults)
 
 # ==== 7. Synthetic people: voices by source and filter, flat faces, known factors   [all ours] ====
-LINK = 0.75  # correlation of voice and face: F-V 2-way is then right in 91 %, in the paper in 88
+LINK = 0.75  # correlation of voice and face: match-train then has 91 % (2-way), the paper 88.47
 LINKED = ("age", "tract", "build")  # and gender, which voice and face share wholly
 HAIR = (36, 30, 34), (122, 72, 40), (226, 180, 96)  # a line of colours: black, brown, blond
 SKIN = (255, 218, 190), (222, 166, 122), (134, 88, 62)  # light to dark
@@ -993,7 +993,7 @@ def sample_person(rng):
                          tempo=rng.uniform(4, 6))  # the voice's own; syllables per s
 
 def levels(person, side=""):
-    """Age, tract and build as evenly spread numbers in 0 ... 1, of the face or the "voice_"."""
+    """Age, tract and build as evenly spread numbers in 0 ... 1, of the face, or side="voice_"."""
     return [0.5 + 0.5 * math.erf(person[side + name] / math.sqrt(2)) for name in LINKED]
 
 def synth_speech(person, rng):
@@ -1200,7 +1200,7 @@ def load_checkpoint(path, kind, device):
     return state
 
 def restore(parts, state, path):
-    """Load the states of parts from the checkpoint at path, if they are in it."""
+    """Load into parts what the checkpoint at path, read as state, holds of them."""
     with as_user_error(f"{path}: of another version of this file, train anew"):
         for name in parts.keys() & state.keys():
             parts[name].load_state_dict(state[name])
@@ -1225,7 +1225,7 @@ def flag(name):
     return "-n" if name == "n" else f"--{name.replace('_', '-')}"
 
 def make_parser():
-    """The command line: {function: (what it takes, its settings)}, a subcommand each."""
+    """The parser: a subcommand for each function, with what it takes and its settings."""
     parser = argparse.ArgumentParser(prog="voice2face.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -1263,7 +1263,7 @@ def make_settings(args):
     given = {name: x for name, x in vars(args).items() if name in args.flags}
     for name, value in given.items():
         low, high = args.flags[name].metadata["low"], args.flags[name].metadata["high"]
-        if low is not None and not low <= value <= high:  # true for NaN, too
+        if low is not None and not low <= value <= high:  # NaN is refused, too
             raise UserError(f"{flag(name)} {value}: must be at least {low}, at most {high}")
     if args.run not in TRAININGS:
         return args
