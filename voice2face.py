@@ -402,9 +402,9 @@ def match_train(cfg):
     torch.manual_seed(cfg.seed)
     speech_encoder, face_encoder = make_encoders(cfg, machine.device)
     model = Model(cfg, speech_encoder, face_encoder)
-    low_hz, band_hz, *weights = *speech_encoder.parameters(), *face_encoder.parameters()
+    low_hz, band_hz, *weights = *speech_encoder.parameters(), *face_encoder.parameters()  # sinc's
     groups = [dict(params=weights, weight_decay=cfg.weight_decay),
-              dict(params=[low_hz, band_hz], lr=cfg.lr * SINC_LR)]  # first two: the sinc layer's
+              dict(params=[low_hz, band_hz], lr=cfg.lr * SINC_LR)]
     optimizer = torch.optim.SGD(groups, cfg.lr, MOMENTUM)  # [paper §4]
     pairs = PairDataset(corpus["train"], cfg, cfg.batch, cfg.seed, shuffle=True)
     speech, faces, *_ = next(load_batches(pairs, [0], 0, machine.device))
