@@ -36,7 +36,7 @@ Sources    [paper §x]; [PASE] Pascual et al. 2019; [SincNet] Ravanelli and Beng
            - the face encoder has no spectral norm, and a 1x1 layer in every shortcut (DBlock);
            - psi, of two layers, reads phi's last 4x4 map before it is summed (Discriminator);
            - AdaIN's style is [z, c], in which c has length 1 (AdaIN, Generator);
-           - our text has no appendices, of Eq. 1 and 3 to 6 only the prose: we read (relid_loss);
+           - our text lacks the appendices and Eq. 1 and 3 to 6: we go by its prose (relid_loss);
            - the preset `small` trains on 1.5 s and 64x64 pixels with narrower layers.
 """
 
