@@ -268,7 +268,7 @@ class Discriminator(nn.Module):
     """faces (B, 3, H, W) -> phi (B, D) and psi (B,), of which Eq. 2 makes g(f, c).
     phi starts as the trained F and goes on training [paper §3.2]. It comes out times `weight`, 1 in
     the paper. psi, there of phi(f), here reads the 4x4 places before their sum: fed the embedding,
-    it taught G silhouettes, fed the sum worse faces (README) [ours]."""
+    it taught G silhouettes, fed the sum worse faces [ours]."""
     def __init__(self, face_encoder, weight=1.0):
         super().__init__()
         self.phi, self.weight = copy.deepcopy(face_encoder), weight
