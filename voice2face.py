@@ -758,7 +758,7 @@ def generate(args):
     print(f"{args.out}: {args.n} faces for each of {len(args.inputs)} recordings")
 
 # ==== 6. Data: DATA/{train,val,test}/<identity>/<clip>/*.wav *.jpg, DATA/labels.csv   [ours] ======
-# 1200.jpg was taken 1200 ms into its clip's one recording, which is heard GUARD before or after.
+# 1200.jpg was taken 1200 ms into its clip's one recording: GUARD around that moment is not heard.
 SPEECH_FILES = (".wav", ".flac", ".mp3", ".m4a", ".aac", ".ogg", ".opus", ".wma")
 FACE_FILES = (".jpg", ".jpeg", ".png")
 HEARD = 6.0  # s of speech in tests and drawing, whatever training hears at once [paper §4]
@@ -801,11 +801,9 @@ def read_labels(data):
     """labels.csv as {identity: {column: text}}; {} where there is none. Training never sees it."""
     path = Path(data, "labels.csv")
     text = path.read_text("utf-8-sig", "replace") if path.exists() else ""
-    with as_user_error(f"{path}: not CSV"):
-        rows = list(csv.DictReader(io.StringIO(text)))
-    if rows and "identity" not in rows[0]:
-        raise UserError(f"{path}: must be CSV in UTF-8 with a column 'identity'")
-    return {row["identity"]: row for row in rows}
+    with as_user_error(f"{path}: must be CSV in UTF-8 with a column 'identity'"):
+        rows = [(row["identity"], row) for row in csv.DictReader(io.StringIO(text))]
+    return dict(rows)
 
 def list_files(identity):
     """An identity's recordings and pictures, <clip>/<file> each."""
