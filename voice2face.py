@@ -1013,9 +1013,9 @@ def synth_speech(person, rng):
     spectrum *= np.exp(3 * (build - 0.5) / (1 + (f / 400) ** 4))  # up to 13 dB more or less bass
     said, speech = rng.integers(len(VOWELS), size=count)[syllable], np.zeros(n)  # (n,), (n,)
     vowels = (VOWELS + VOWELS.mean(0)) / 2 * (1.3 - 0.6 * tract)  # fluent speech falls short
-    slope = 80j * f - f**2  # of a resonance F, F^2 / (F^2 - f^2 + 80j f), 80 Hz wide
+    rest = 80j * f - f**2  # a resonance at F, 80 Hz wide, is F^2 / (F^2 - f^2 + 80j f)
     for vowel, formants in enumerate(vowels):
-        mouth = math.prod(F2 / (F2 + slope) for F2 in formants**2)
+        mouth = math.prod(F2 / (F2 + rest) for F2 in formants**2)
         speech += (said == vowel) * np.fft.irfft(spectrum * mouth, n)
     speech = swell * (speech / speech.std() + breath)
     return np.int16(32767 * person["loudness"] * speech / np.abs(speech).max())
