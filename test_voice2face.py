@@ -154,7 +154,7 @@ def test_published_sizes():
     count = sum(9 * a * h + h + 9 * h * b + b + a * b + b for a, h, b in blocks)  # [SNGAN]
     assert [sum(p.numel() for p in net.parameters()) for net in nets] == [
         convs + 3 * sum(w) + 513 * 128, count + 1025 * 128, 36_803_843,
-        count + 1025 * 128 + 16 * 1024 ** 2 + 1024 + 1024]  # psi: 16 places of 1024 channels
+        count + 1025 * 128 + 17 * 1024 ** 2 + 1024 + 1024]  # psi: 16 places and the deviations
     lengths, small = [], v.SpeechEncoder(2).eval()
     small.body[-1].register_forward_hook(lambda act, x, y: lengths.append(y[0, 0].numel()))
     assert small(torch.randn(1, 96000)).shape == (1, 128) and lengths == [600]  # 6 s
@@ -195,8 +195,7 @@ def test_equation_1_against_a_hand_computation(direction):
     for i, row in enumerate(candidates):
         products = [math.exp(sum(query[i] * keys[j])) for j in row]
         expected.append(-math.log(products[0] / sum(products)))
-    logits = v.match_logits(speech, faces, candidates, direction)
-    loss = torch.nn.functional.cross_entropy(logits, torch.zeros(5, dtype=torch.long))
+    loss = -v.match_logits(speech, faces, candidates, direction).log_softmax(1)[:, 0].mean()
     assert loss.item() == approx(np.mean(expected))
     ties = torch.tensor([[1.0, 1, 1, 1], [2, 1, 2, 0], [0, 1, 1, 0], [5, 1, 2, 3]])
     assert v.top1(ties).tolist() == [0.25, 0.5, 0, 1]  # equal candidates share the point
@@ -227,8 +226,9 @@ def test_logit_is_equation_2_written_out():
     torch.manual_seed(0)
     face_encoder, faces = v.FaceEncoder(16, 2, 3.5), torch.randn(4, 3, 16, 16)
     discriminator, c = v.Discriminator(face_encoder, weight=0.2), torch.randn(4, 128)
-    (first, _, last), places = discriminator.psi, torch.relu(face_encoder.blocks(faces)).flatten(1)
-    hidden = places @ first.weight.T + first.bias  # (4, C)
+    (first, _, last), places = discriminator.psi, torch.relu(face_encoder.blocks(faces))
+    spread = (places.sum((2, 3)).std(0, correction=0).square() + 1e-4).sqrt().expand(4, -1)
+    hidden = torch.cat([places.flatten(1), spread], 1) @ first.weight.T + first.bias  # (4, C)
     psi = torch.where(hidden > 0, hidden, 0.2 * hidden) @ last.weight[0]
     expected = torch.stack([0.2 * c[i] @ face_encoder(faces)[i] + psi[i] for i in range(4)])
     assert_close(v.logit(c, *discriminator(faces)), expected, rtol=1e-4, atol=1e-5)
@@ -277,12 +277,12 @@ def test_a_gan_step(loss, corpus, runs, tmp_path, monkeypatch):
     roles, judge = itertools.cycle("dg"), v.Discriminator.forward
 
     def spied_generator(net, z, c, real=v.Generator.forward):
-        nets["g"], seen["c"], seen["fake"] = net, c, real(net, z, c)
+        nets["g"], seen["c"], seen["real"], seen["fake"] = net, c, None, real(net, z, c)
         return seen["fake"]
 
     def spied_discriminator(net, faces):
         nets["d"] = net
-        seen["real"] = faces[:6] if len(faces) == 12 else seen["real"]  # in D's step: real, fake
+        seen["real"] = faces if seen["real"] is None else seen["real"]  # D's step begins with them
         return judge(net, faces)
 
     def spied_loss(*terms, real=getattr(v, f"{loss}_loss")):
@@ -339,8 +339,7 @@ CHANGES = dict(  # a setting: another value, and what it must change of what obs
     name: (value, "weights") for name, value in dict(
         seed=1, direction="f-v", k=3, steps=5, batch=8, seconds=0.3, size=64, sinc_stride=4,
         speech_width=6, face_width=6, embed_scale=5.0, lr=0.01, loss="rel", width=3, weight=0.5,
-        d_lr=0.01, gamma=5.0, ema_decay=0.5, augment=True,
-        weight_decay=0.1).items()}
+        d_lr=0.01, gamma=5.0, ema_decay=0.5, augment=True, weight_decay=0.1).items()}
 
 @pytest.mark.parametrize("command, name", [
     (command, f.name) for command, kind in KINDS.items() for f in fields(kind)
@@ -902,14 +901,15 @@ def test_bfloat16_changes_little_and_spares_r1(command, corpus, runs, tmp_path, 
     bfloat16 = dict(autocast=torch.autocast("cpu", torch.bfloat16))
     monkeypatch.setattr(v.Machine, "__init__", lambda machine, name: (
         init(machine, name), vars(machine).update(bfloat16))[0])
-    monkeypatch.setattr(v, "r1_penalty", lambda *args: halved.append(
-        torch.is_autocast_enabled("cpu")) or penalty(*args))
+    monkeypatch.setattr(v, "r1_penalty", lambda net, faces, c: halved.append(
+        (torch.is_autocast_enabled("cpu"), faces.requires_grad)) or penalty(net, faces, c))
     more = ["--match", runs.match / "best.pt"] * (command == "gan-train")
     full, half = runs.seen[command], observe(command, tmp_path, "--data", corpus, *more)
     for a, b in zip(read_log(runs.gan if more else runs.match)[:3], read_log(tmp_path)):
         assert all(b[key] == approx(a[key], rel=0.1, abs=0.1) for key in a.keys() & {
             "loss", "loss_d", "loss_g", "match_real", "mismatch_real"})
-    assert full["weights"] != half["weights"] and halved == [False, False] * bool(more)
+    assert full["weights"] != half["weights"]
+    assert halved == [(False, False), (False, True)] * 2 * bool(more)  # R1 of true faces, then R2
     assert [*map(len, full["weights"])] == [*map(len, half["weights"])]  # weights stay float32
 
 @pytest.mark.parametrize("native", [True, False])

@@ -29,12 +29,12 @@ Glossary   paper  here          shape         meaning
 Sources    [paper §x]; [PASE] Pascual et al. 2019; [SincNet] Ravanelli and Bengio 2018; [SNGAN]
            Miyato and Koyama 2018; [StyleGAN], [StyleGAN2] Karras et al. 2019, 2020; [R1] Mescheder
            et al. 2018; [ours] where our text of the paper is silent. Where this differs, and why:
-           - all embeddings have one length, so that Eq. 1's inner product is a cosine times a
-             constant: with free lengths training stays on a plateau at first (scale_normalize);
+           - all embeddings have one length: else training begins on a plateau (scale_normalize);
            - a clip's negatives come from its own batch, which encodes each clip once;
            - the waveform's loudness is divided out, being the microphone's (SpeechEncoder);
            - the face encoder has no spectral norm, and a 1x1 layer in every shortcut (DBlock);
-           - psi, of two layers, reads phi's last 4x4 map before it is summed (Discriminator);
+           - psi, of two layers, reads phi's last 4x4 map and the batch's spread (Discriminator);
+           - R1's penalty on drawn faces, too, which is R2: eyes and hair come out sooner;
            - AdaIN's style is [z, c], in which c has length 1 (AdaIN, Generator);
            - our text lacks the appendices and Eq. 1 and 3 to 6: we go by its prose (relid_loss);
            - the preset `small` trains on 1.5 s and 64x64 pixels with narrower layers.
@@ -103,8 +103,7 @@ class SincConv(nn.Module):
         return F.conv2d(x, self.filters()[:, None, None], stride=(1, self.stride))  # (B, C, 1, L)
 
 def scale_normalize(x, scale):
-    """Embeddings (B, D) of one length: inner products become scale^2 cos [ours].
-    With free lengths training stays at the loss log K for long."""
+    """Embeddings (B, D) of one length: inner products become scale^2 cos [ours]."""
     return scale * F.normalize(x.float(), dim=1)  # float: a GPU's layers may answer in bfloat16
 
 class SpeechEncoder(nn.Module):
@@ -265,31 +264,32 @@ class Generator(nn.Module):
         return torch.tanh(x.float())
 
 class Discriminator(nn.Module):
-    """faces (B, 3, H, W) -> phi (B, D) and psi (B,), of which Eq. 2 makes g(f, c).
-    phi starts as the trained F and goes on training [paper §3.2]. It comes out times `weight`, 1 in
-    the paper. psi, there of phi(f), here reads the 4x4 places before their sum: fed the embedding,
-    it taught G silhouettes, fed the sum worse faces [ours]."""
+    """faces (B, 3, H, W) -> `weight` phi (B, D) and psi (B,), of which Eq. 2 makes g(f, c).
+    phi starts as the trained F and goes on training [paper §3.2]. psi, there of phi(f), here reads
+    the 4x4 places before their sum: fed the embedding, it taught G silhouettes, fed the sum worse
+    faces [ours]. It also sees the deviations over the batch [StyleGAN2], without which drawn
+    backgrounds run from one colour into another."""
     def __init__(self, face_encoder, weight=1.0):
         super().__init__()
         self.phi, self.weight = copy.deepcopy(face_encoder), weight
         width = face_encoder.head.in_features  # C
-        self.psi = nn.Sequential(nn.Linear(width * 4 * 4, width), nn.LeakyReLU(0.2),
+        self.psi = nn.Sequential(nn.Linear(width * (4 * 4 + 1), width), nn.LeakyReLU(0.2),
                                  nn.Linear(width, 1, bias=False))  # a bias would cancel out
 
     def forward(self, faces):
         h = F.relu(self.phi.blocks(faces))  # (B, 3, H, W) -> (B, C, 4, 4)
-        phi = scale_normalize(self.phi.head(h.sum((2, 3))), self.phi.scale)  # -> (B, C) -> (B, D)
-        return self.weight * phi, self.psi(h.flatten(1))[:, 0].float()  # (B, C 4 4) -> (B,)
+        total = h.sum((2, 3))  # (B, C, 4, 4) -> (B, C)
+        phi = scale_normalize(self.phi.head(total), self.phi.scale)  # (B, C) -> (B, D)
+        spread = (total.var(0, correction=0) + 1e-4).sqrt().expand_as(total)  # (B, C); a slope at 0
+        return self.weight * phi, self.psi(torch.cat([h.flatten(1), spread], 1))[:, 0].float()
 
 inner = torch.linalg.vecdot  # <c, phi>: (B, D), (B, D) -> (B,)
-
 def logit(c, phi, psi):
     """g(f, c) = <c, phi(f)> + psi(f): Eq. 2 with Eq. 3's c = S(s); (B, D), (B, D), (B,) -> (B,)."""
     return inner(c, phi) + psi
 
 def rel_loss(g_real, g_fake):
-    """-E log A(g(real, c+) - g(fake, c+)): Eq. 4 in Eq. 6; logits (B,), (B,) -> ().
-    A is the sigmoid. For G real and fake change places."""
+    """-E log A(g(real, c+) - g(fake, c+)): Eq. 4 in Eq. 6; A the sigmoid; (B,), (B,) -> ()."""
     return -F.logsigmoid(g_real - g_fake).mean()
 
 def relid_loss(g_real, g_fake, match, mismatch):
@@ -300,7 +300,7 @@ def relid_loss(g_real, g_fake, match, mismatch):
     return -F.logsigmoid(g_real - g_fake + match - mismatch).mean()
 
 def r1_penalty(discriminator, faces, c):
-    """R1 = E |grad_f g(f, c)|^2 over faces (B, 3, H, W), without gamma / 2: -> () [R1]."""
+    """E |grad_f g(f, c)|^2 of faces (B, 3, H, W): R1 of real ones, R2 of drawn ones; -> () [R1]."""
     faces = faces.detach().requires_grad_(True)
     grad = torch.autograd.grad(logit(c, *discriminator(faces)).sum(), faces, create_graph=True)[0]
     return grad.square().sum((1, 2, 3)).mean()  # (B, 3, H, W) -> (B,) -> ()
@@ -310,7 +310,7 @@ DIRECTIONS, SPLITS = ("v-f", "f-v"), ("train", "val", "test")
 SYNTHETIC = "data/synthetic"  # the one corpus that is made where it is missing
 SINC_LR = 1e4  # the sinc cut-offs, being in Hz, learn this many times faster [ours]
 MOMENTUM, MAX_NORM = 0.9, 1.0  # of SGD; longer gradients are cut to this length [ours]
-BETAS = (0.0, 0.99)  # of Adam [StyleGAN]
+BETAS = (0.0, 0.99)  # of Adam [paper §4] as in [StyleGAN]
 R1_EVERY = 16  # R1 is computed in each 16th step, times 16 [StyleGAN2]
 
 def setting(default, meaning, low=None, high=2**31, choices=None):
@@ -356,15 +356,15 @@ class GanSettings(RunSettings):
     match: str = setting("runs/match/best.pt", "checkpoint of match-train: S, F and their sizes")
     out: str = setting("runs/gan", "run folder: checkpoint, log, samples, metrics")
     loss: str = setting("relid", "relid: Eq. 5; rel: Eq. 4 [paper §3.2]", choices=("relid", "rel"))
-    steps: int = setting(5000, "training steps, each one of D and one of G [ours]", low=1)
+    steps: int = setting(6000, "training steps, each one of D and one of G [ours]", low=1)
     batch: int = setting(8, "real faces per step and process [ours]", low=2)
     width: int = setting(16, "G's last channels, unit of widths [ours]; 64 in [SNGAN]", low=1)
-    weight: float = setting(1.0, "of <c, phi(f)> beside psi(f) [ours]", low=0)
+    weight: float = setting(1.0, "of <c, phi(f)> beside psi(f) [paper §3.2]", low=0)
     lr: float = setting(2e-3, "learning rate of G's Adam [ours]", low=0)
     d_lr: float = setting(1e-3, "learning rate of D's Adam [ours]", low=0)
-    gamma: float = setting(1.0, "R1: gamma/2 E |grad_f g(f, c+)|^2 on real faces [R1]", low=0)
+    gamma: float = setting(0.5, "gamma/2 E |grad_f g(f, c+)|^2 in R1 and R2 [ours]", low=0)
     ema_decay: float = setting(0.998, "of the running average of G's weights [ours]", low=0, high=1)
-    eval_every: int = setting(500, "steps between validations and samples", low=1)
+    eval_every: int = setting(1000, "steps between validations and samples", low=1)
 
 BIG = dict(batch=64, steps=200_000, eval_every=2000, save_every=1000, log_every=100, workers=8)
 PAPER = {  # the presets `paper`: sizes as in the sources above, BIG and the rates [ours]
@@ -450,8 +450,8 @@ def gan_train(cfg):
     discriminator = Discriminator(face_encoder, cfg.weight).to(machine.device)
     g_ema = copy.deepcopy(generator)
     update_ema = torch.optim.swa_utils.get_ema_multi_avg_fn(cfg.ema_decay)
-    g_optimizer = torch.optim.Adam(generator.parameters(), cfg.lr, BETAS)  # [paper §4]
-    d_optimizer = torch.optim.Adam(discriminator.parameters(), cfg.d_lr, BETAS)
+    g_optimizer = torch.optim.Adam(generator.parameters(), cfg.lr, BETAS, fused=True)
+    d_optimizer = torch.optim.Adam(discriminator.parameters(), cfg.d_lr, BETAS, fused=True)
     model = Model(match_cfg, speech_encoder, face_encoder, cfg, g_ema)
     parts = dict(speech=speech_encoder, face=face_encoder, g_ema=g_ema, g=generator,
                  d=discriminator, g_optimizer=g_optimizer, d_optimizer=d_optimizer)
@@ -466,14 +466,15 @@ def gan_train(cfg):
                 c_pos = speech_encoder(speech)  # c+: (B, T) -> (B, D)
             c_neg = c_pos[sample_candidates(len(real), 2, rng)[:, 1]]  # c-: (B, D), others' voices
             fake = train_g(z, c_pos)  # (B, D), (B, D) -> (B, 3, H, W)
-            phi, psi = train_d(torch.cat([real, fake.detach()]))  # (2B, D), (2B,)
-        (phi_real, phi_fake), (psi_real, psi_fake) = phi.chunk(2), psi.chunk(2)
+            phi_real, psi_real = train_d(real)  # (B, 3, H, W) -> (B, D), (B,)
+            phi_fake, psi_fake = train_d(fake.detach())
         g_real = logit(c_pos, phi_real, psi_real)  # g(real, c+), Eq. 2 and 3: (B,)
         g_fake = logit(c_pos, phi_fake, psi_fake)  # g(fake, c+)
         match_real, mismatch_real = inner(c_pos, phi_real), inner(c_neg, phi_real)  # (B,), (B,)
         loss_d = (relid_loss(g_real, g_fake, match_real, mismatch_real)  # Eq. 5 in Eq. 6: ()
                   if cfg.loss == "relid" else rel_loss(g_real, g_fake))  # Eq. 4 in Eq. 6: ()
-        r1 = r1_penalty(train_d, real, c_pos) if run.step % R1_EVERY == 0 else 0.0  # ()
+        r1 = (r1_penalty(train_d, real, c_pos) + r1_penalty(train_d, fake, c_pos)
+              if run.step % R1_EVERY == 0 else 0.0)  # ()
         share = min(1, 2 - 2 * (run.step - 1) / cfg.steps)  # of both rates: falls from half-way on
         descend(d_optimizer, loss_d + cfg.gamma / 2 * R1_EVERY * r1, share)
 
