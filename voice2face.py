@@ -149,7 +149,7 @@ class DBlock(nn.Module):
 class FaceEncoder(nn.Module):
     """F: faces (B, 3, H, W) -> embeddings (B, D). The body of [SNGAN]'s projection discriminator.
     Blocks halve the side down to 4, one more keeps it; ReLU, a sum over the 4x4 places [SNGAN], a
-    linear map [ours]. No batch norm: R1 is about the gradient of each face alone."""
+    linear map [ours]. No batch norm [SNGAN]."""
     def __init__(self, size=128, width=64, scale=1.0):
         super().__init__()
         self.scale, downs = scale, int(math.log2(size)) - 2
@@ -265,10 +265,10 @@ class Generator(nn.Module):
 
 class Discriminator(nn.Module):
     """faces (B, 3, H, W) -> `weight` phi (B, D) and psi (B,), of which Eq. 2 makes g(f, c).
-    phi starts as the trained F and goes on training [paper §3.2]. psi, there of phi(f), here reads
-    the 4x4 places before their sum: fed the embedding, it taught G silhouettes, fed the sum worse
-    faces [ours]. It also sees the deviations over the batch [StyleGAN2], without which drawn
-    backgrounds run from one colour into another."""
+    phi starts as the trained F and goes on training [paper §3.2]. psi reads the 4x4 places, not
+    phi(f) as in the paper: from that it taught G silhouettes, from the places' sum worse faces. It
+    also sees each channel's deviation over the batch, an idea of [StyleGAN2]: without it drawn
+    backgrounds run from one colour into another [ours]."""
     def __init__(self, face_encoder, weight=1.0):
         super().__init__()
         self.phi, self.weight = copy.deepcopy(face_encoder), weight
@@ -289,18 +289,18 @@ def logit(c, phi, psi):
     return inner(c, phi) + psi
 
 def rel_loss(g_real, g_fake):
-    """-E log A(g(real, c+) - g(fake, c+)): Eq. 4 in Eq. 6; A the sigmoid; (B,), (B,) -> ()."""
+    """-E log A(g(real, c+) - g(fake, c+)): Eq. 4 in Eq. 6; (B,), (B,) -> (). For G swap both."""
     return -F.logsigmoid(g_real - g_fake).mean()
 
 def relid_loss(g_real, g_fake, match, mismatch):
     """-E log A(g(real, c+) - g(fake, c+) + <c+, phi(real)> - <c-, phi(real)>): Eq. 5 in Eq. 6.
     All (B,). match = <c+, phi(real)>, which g(real, c+) holds once already, and mismatch =
     <c-, phi(real)> keep D asking who fits whom, which phi would forget [paper §3.2]. Our reading:
-    one sigmoid around all terms, as in Eq. 4; for G real and fake swap in all four."""
+    one sigmoid A around all terms, as in Eq. 4; for G real and fake swap, in all four terms."""
     return -F.logsigmoid(g_real - g_fake + match - mismatch).mean()
 
 def r1_penalty(discriminator, faces, c):
-    """E |grad_f g(f, c)|^2 of faces (B, 3, H, W): R1 of real ones, R2 of drawn ones; -> () [R1]."""
+    """E |grad_f of the batch's sum of g|^2, faces (B, 3, H, W) real: R1, or drawn: R2; () [R1]."""
     faces = faces.detach().requires_grad_(True)
     grad = torch.autograd.grad(logit(c, *discriminator(faces)).sum(), faces, create_graph=True)[0]
     return grad.square().sum((1, 2, 3)).mean()  # (B, 3, H, W) -> (B,) -> ()
@@ -310,8 +310,8 @@ DIRECTIONS, SPLITS = ("v-f", "f-v"), ("train", "val", "test")
 SYNTHETIC = "data/synthetic"  # the one corpus that is made where it is missing
 SINC_LR = 1e4  # the sinc cut-offs, being in Hz, learn this many times faster [ours]
 MOMENTUM, MAX_NORM = 0.9, 1.0  # of SGD; longer gradients are cut to this length [ours]
-BETAS = (0.0, 0.99)  # of Adam [paper §4] as in [StyleGAN]
-R1_EVERY = 16  # R1 is computed in each 16th step, times 16 [StyleGAN2]
+BETAS = (0.0, 0.99)  # of Adam [paper §4]; the values: [StyleGAN]
+R1_EVERY = 16  # R1, R2 are computed in each 16th step, times 16 [StyleGAN2]
 
 def setting(default, meaning, low=None, high=2**31, choices=None):
     """A dataclass field with --help text and allowed values: low to high or one of `choices`."""
@@ -359,10 +359,10 @@ class GanSettings(RunSettings):
     steps: int = setting(6000, "training steps, each one of D and one of G [ours]", low=1)
     batch: int = setting(8, "real faces per step and process [ours]", low=2)
     width: int = setting(16, "G's last channels, unit of widths [ours]; 64 in [SNGAN]", low=1)
-    weight: float = setting(1.0, "of <c, phi(f)> beside psi(f) [paper §3.2]", low=0)
+    weight: float = setting(1.0, "of <c, phi(f)> beside psi(f); 1 in [paper §3.2]", low=0)
     lr: float = setting(2e-3, "learning rate of G's Adam [ours]", low=0)
     d_lr: float = setting(1e-3, "learning rate of D's Adam [ours]", low=0)
-    gamma: float = setting(0.5, "gamma/2 E |grad_f g(f, c+)|^2 in R1 and R2 [ours]", low=0)
+    gamma: float = setting(0.5, "gamma/2 E |grad_f g(f, c+)|^2, of R1 and R2 [ours]", low=0)
     ema_decay: float = setting(0.998, "of the running average of G's weights [ours]", low=0, high=1)
     eval_every: int = setting(1000, "steps between validations and samples", low=1)
 
@@ -1104,7 +1104,7 @@ MAY_CHANGE = {"out", "device", "workers", "log_every", "save_every", "resume"}  
 class Machine:
     """What a command computes on; device, processes and precision are decided here alone.
     Under torchrun each process has its own GPU, batches and negatives; the first tests and writes.
-    On a GPU that has bfloat16 layers compute in it [ours]; weights and R1 stay float32."""
+    On a GPU that has bfloat16 layers compute in it [ours]; weights, R1, R2 stay float32."""
     def __init__(self, name):
         told, native = os.environ if distributed.is_torchelastic_launched() else {}, False
         self.rank, self.count = int(told.get("RANK", 0)), int(told.get("WORLD_SIZE", 1))
