@@ -473,10 +473,10 @@ def gan_train(cfg):
         match_real, mismatch_real = inner(c_pos, phi_real), inner(c_neg, phi_real)  # (B,), (B,)
         loss_d = (relid_loss(g_real, g_fake, match_real, mismatch_real)  # Eq. 5 in Eq. 6: ()
                   if cfg.loss == "relid" else rel_loss(g_real, g_fake))  # Eq. 4 in Eq. 6: ()
-        r1 = (r1_penalty(train_d, real, c_pos) + r1_penalty(train_d, fake, c_pos)
-              if run.step % R1_EVERY == 0 else 0.0)  # ()
+        penalty = (r1_penalty(train_d, real, c_pos) + r1_penalty(train_d, fake, c_pos)  # R1 + R2
+                   if run.step % R1_EVERY == 0 else 0.0)  # ()
         share = min(1, 2 - 2 * (run.step - 1) / cfg.steps)  # of both rates: falls from half-way on
-        descend(d_optimizer, loss_d + cfg.gamma / 2 * R1_EVERY * r1, share)
+        descend(d_optimizer, loss_d + cfg.gamma / 2 * R1_EVERY * penalty, share)
 
         discriminator.requires_grad_(False)  # G alone learns; g_real is from before D's step [ours]
         with machine.autocast:
