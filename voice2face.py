@@ -33,8 +33,8 @@ Sources    [paper §x]; [PASE] Pascual et al. 2019; [SincNet] Ravanelli and Beng
            - a clip's negatives come from its own batch, which encodes each clip once;
            - the waveform's loudness is divided out, being the microphone's (SpeechEncoder);
            - the face encoder has no spectral norm, and a 1x1 layer in every shortcut (DBlock);
-           - psi, of two layers, reads phi's last 4x4 map and the batch's spread (Discriminator);
-           - R1's penalty on drawn faces, too, which is R2: eyes and hair come out sooner;
+           - psi, of two layers, sees phi's last 4x4 map and its std over the batch (Discriminator);
+           - beside R1 its like on drawn faces, R2: eyes and hair come out sooner (r1_penalty);
            - AdaIN's style is [z, c], in which c has length 1 (AdaIN, Generator);
            - our text lacks the appendices and Eq. 1 and 3 to 6: we go by its prose (relid_loss);
            - the preset `small` trains on 1.5 s and 64x64 pixels with narrower layers.
@@ -267,8 +267,7 @@ class Discriminator(nn.Module):
     """faces (B, 3, H, W) -> `weight` phi (B, D) and psi (B,), of which Eq. 2 makes g(f, c).
     phi starts as the trained F and goes on training [paper §3.2]. psi reads the 4x4 places, not
     phi(f) as in the paper: from that it taught G silhouettes, from the places' sum worse faces. It
-    also sees each channel's deviation over the batch, an idea of [StyleGAN2]: without it drawn
-    backgrounds run from one colour into another [ours]."""
+    also sees each channel's std over the batch, after [StyleGAN2]: else backgrounds mix colours."""
     def __init__(self, face_encoder, weight=1.0):
         super().__init__()
         self.phi, self.weight = copy.deepcopy(face_encoder), weight
@@ -280,27 +279,28 @@ class Discriminator(nn.Module):
         h = F.relu(self.phi.blocks(faces))  # (B, 3, H, W) -> (B, C, 4, 4)
         total = h.sum((2, 3))  # (B, C, 4, 4) -> (B, C)
         phi = scale_normalize(self.phi.head(total), self.phi.scale)  # (B, C) -> (B, D)
-        spread = (total.var(0, correction=0) + 1e-4).sqrt().expand_as(total)  # (B, C); a slope at 0
-        return self.weight * phi, self.psi(torch.cat([h.flatten(1), spread], 1))[:, 0].float()
+        std = (total.var(0, correction=0) + 1e-4).sqrt().expand_as(total)  # (B, C); 1e-4: no kink
+        return self.weight * phi, self.psi(torch.cat([h.flatten(1), std], 1))[:, 0].float()  # (B,)
 
 inner = torch.linalg.vecdot  # <c, phi>: (B, D), (B, D) -> (B,)
+
 def logit(c, phi, psi):
     """g(f, c) = <c, phi(f)> + psi(f): Eq. 2 with Eq. 3's c = S(s); (B, D), (B, D), (B,) -> (B,)."""
     return inner(c, phi) + psi
 
 def rel_loss(g_real, g_fake):
-    """-E log A(g(real, c+) - g(fake, c+)): Eq. 4 in Eq. 6; (B,), (B,) -> (). For G swap both."""
+    """-E log A(g(real, c+) - g(fake, c+)), A the sigmoid: Eq. 4 in Eq. 6; (B,), (B,) -> ()."""
     return -F.logsigmoid(g_real - g_fake).mean()
 
 def relid_loss(g_real, g_fake, match, mismatch):
     """-E log A(g(real, c+) - g(fake, c+) + <c+, phi(real)> - <c-, phi(real)>): Eq. 5 in Eq. 6.
     All (B,). match = <c+, phi(real)>, which g(real, c+) holds once already, and mismatch =
     <c-, phi(real)> keep D asking who fits whom, which phi would forget [paper §3.2]. Our reading:
-    one sigmoid A around all terms, as in Eq. 4; for G real and fake swap, in all four terms."""
+    one sigmoid around all terms, as in Eq. 4; for G real and fake swap, in all four terms."""
     return -F.logsigmoid(g_real - g_fake + match - mismatch).mean()
 
 def r1_penalty(discriminator, faces, c):
-    """E |grad_f of the batch's sum of g|^2, faces (B, 3, H, W) real: R1, or drawn: R2; () [R1]."""
+    """E |grad_f of the batch's sum of g|^2: R1 of real faces (B, 3, H, W), R2 of drawn; () [R1]."""
     faces = faces.detach().requires_grad_(True)
     grad = torch.autograd.grad(logit(c, *discriminator(faces)).sum(), faces, create_graph=True)[0]
     return grad.square().sum((1, 2, 3)).mean()  # (B, 3, H, W) -> (B,) -> ()
