@@ -274,7 +274,7 @@ def test_a_match_step_goes_down_equation_1(corpus, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("loss", ["relid", "rel"])
 def test_a_gan_step(loss, corpus, runs, tmp_path, monkeypatch):
-    """D's step trains D on Eq. 5 or 4, then G's step trains G with real and fake swapped."""
+    """D's loss is Eq. 5 or 4, G's swaps real and fake; G steps, then D from the same faces."""
     nets, seen, moved, average, shares = {}, {}, [], [], []
     roles, judge = itertools.cycle("dg"), v.Discriminator.forward
 
@@ -284,36 +284,32 @@ def test_a_gan_step(loss, corpus, runs, tmp_path, monkeypatch):
 
     def spied_discriminator(net, faces):
         nets["d"] = net
-        seen["real"] = faces if seen["real"] is None else seen["real"]  # D's step begins with them
+        seen["real"] = faces if seen["real"] is None else seen["real"]  # D sees them first
         return judge(net, faces)
 
     def spied_loss(*terms, real=getattr(v, f"{loss}_loss")):
         role, c = next(roles), seen["c"]
-        (phi, psi), (phi_fake, psi_fake) = (judge(nets["d"], seen[x]) for x in ("real", "fake"))
-        g_fake = (c * phi_fake).sum(1) + psi_fake
-        g_real = (c * phi).sum(1) + psi if role == "d" else seen["g_real"]  # D's before its step
-        seen["g_real"] = g_real.detach()
-        expected = [g_real, g_fake] if role == "d" else [g_fake, g_real]
-        phi = phi if role == "d" else phi_fake  # whose identity is asked
+        order = ("real", "fake") if role == "d" else ("fake", "real")  # the first's identity counts
+        (phi, psi), (phi2, psi2) = (judge(nets["d"], seen[x]) for x in order)
+        expected = [(c * phi).sum(1) + psi, (c * phi2).sum(1) + psi2]
         if loss == "relid":
             others = (phi @ c.T - terms[3][:, None]).abs().argmin(1)  # whose condition c- is
             assert (others != torch.arange(6)).all()  # a row is an identity
             expected += [(c * phi).sum(1), (c[others] * phi).sum(1)]
         assert_close([*terms], expected)
-        seen["loss"] = real(*terms)
-        return seen["loss"]
+        return seen.update({role: real(*terms)}) or seen[role]
 
-    def spied_descend(*args, real=v.descend):
+    def spied_descend(*args, real=v.descend, **kwargs):
         before = {name: [p.clone() for p in net.parameters()] for name, net in nets.items()}
         average[:] = average or [nets["g"].last.weight.detach().clone()]
         shares.append(args[2])
-        if len(moved) % 2 == 0:  # D's step; every second one holds 2 gamma / 2 (R1 + R2)
-            r1 = sum(v.r1_penalty(nets["d"], seen[x], seen["c"]) for x in ("real", "fake"))
-            assert_close(args[1], seen["loss"] + 0.5 * (len(moved) // 2 % 2) * r1)
-        real(*args)
+        role = "gd"[len(moved) % 2]
+        r1_r2 = sum(v.r1_penalty(nets["d"], seen[x], seen["c"]) for x in ("real", "fake"))
+        assert_close(args[1], seen[role] + 2 * 0.5 / 2 * r1_r2 * (len(moved) % 4 == 3))  # lazily
+        real(*args, **kwargs)
         moved.append([name for name, net in nets.items()
                       if not all(map(torch.equal, net.parameters(), before[name]))])
-        if len(moved) % 2 == 0:  # after G's step
+        if role == "g":
             average[0] = 0.998 * average[0] + 0.002 * nets["g"].last.weight.detach()
     monkeypatch.setattr(v.Generator, "forward", spied_generator)
     monkeypatch.setattr(v.Discriminator, "forward", spied_discriminator)
@@ -324,7 +320,7 @@ def test_a_gan_step(loss, corpus, runs, tmp_path, monkeypatch):
     run("gan-train", "--data", corpus, "--match", match, "--out", tmp_path, "--loss", loss)
     after, before = (torch.load(x, weights_only=True) for x in (tmp_path / "last.pt", match))
     assert shares == [1, 1, 1, 1, 1, 1, 0.5, 0.5]  # of the rates
-    assert moved == [["d"], ["g"]] * 4 and all(torch.equal(t, after[part][key]) for part in (
+    assert moved == [["g"], ["d"]] * 4 and all(torch.equal(t, after[part][key]) for part in (
         "speech", "face") for key, t in before[part].items())  # S and F are frozen
     assert_close(after["g_ema"]["last.weight"], average[0], rtol=0, atol=1e-6)
     assert (after["g"]["last.weight"] - average[0]).abs().max() > 1e-3
@@ -689,6 +685,10 @@ def test_faces_are_square_cropped_resized_rgb_and_upright(tmp_path):
     assert face.shape == (32, 32, 3) and face.dtype == np.uint8 and tuple(face[4, 4]) == (250, 0, 0)
     assert tuple(face[4, 28]) == tuple(face[28, 4]) == (10, 200, 30)
     assert np.array_equal(turned, face) and abs(grey.astype(int) - 77).max() <= 1
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "n.jpg")  # twice as large: decoded in full
+    full = Image.open(tmp_path / "n.jpg").resize((32, 32), Image.Resampling.BILINEAR)
+    assert np.array_equal(v.load_face(tmp_path / "n.jpg", 32), full)
 
 def test_batches_are_a_function_of_seed_and_number_and_of_different_people(corpus):
     make = functools.partial(v.PairDataset, v.open_corpus(corpus, dict(train=2))["train"], CFG, 20)
@@ -860,8 +860,8 @@ def spy_on_descend(patch):
     """A list that gets the gradients of each step down; none is cut, R1 is in each."""
     seen, descend = [], v.descend
     patch.setattr(v, "R1_EVERY", 1)
-    patch.setattr(v, "descend", lambda optimizer, loss, share, *_: (
-        descend(optimizer, loss, share), seen.append([
+    patch.setattr(v, "descend", lambda optimizer, loss, share, *_, **keep: (
+        descend(optimizer, loss, share, **keep), seen.append([
             p.grad.clone() for group in optimizer.param_groups for p in group["params"]])))
     return seen
 
@@ -881,7 +881,7 @@ os._exit(0)"""
 def test_two_processes_train_on_their_mean_loss(command, corpus, runs, tmp_path, monkeypatch):
     (tmp_path / "spy.py").write_text(SPY)
     argv = [command, "--data", corpus, "--steps", 3, "--eval-every", 3]
-    argv += ["--match", runs.match / "best.pt", "--d-lr", 0] * (command == "gan-train")
+    argv += ["--match", runs.match / "best.pt"] * (command == "gan-train")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                 tmp_path / "spy.py", tmp_path, *map(str, argv), "--out", tmp_path / "run"]
     done = subprocess.run(torchrun, text=True, capture_output=True)
@@ -896,7 +896,7 @@ def test_two_processes_train_on_their_mean_loss(command, corpus, runs, tmp_path,
                 init(machine, name), vars(machine).update(rank=rank))[0])
             alone.append(spy_on_descend(patch))
             run(*argv, "--out", tmp_path / f"alone{rank}")
-    for i in range(1 if command == "match-train" else 2):  # D, whose rate is 0, then G
+    for i in range(1 if command == "match-train" else 2):  # G, then D
         for mean, a, b in zip(one[i], alone[0][i], alone[1][i], strict=True):
             assert_close(mean, (a + b) / 2, rtol=1e-3, atol=1e-5)
             assert not torch.equal(a, b)  # each has its own batch

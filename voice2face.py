@@ -214,8 +214,9 @@ class AdaIN(nn.Module):
 
     def forward(self, x, style):
         scale, shift = self.style(style)[:, :, None, None].chunk(2, 1)  # -> two (B, C, 1, 1)
-        x = x - x.mean((2, 3), keepdim=True)  # (B, C, H, W) - (B, C, 1, 1)
-        var = x.square().mean((2, 3), keepdim=True)  # -> (B, C, 1, 1)
+        places = x.shape[2] * x.shape[3]  # sum / places, x * x: faster gradients than mean, square
+        x = x - (x.sum((2, 3), keepdim=True) / places).to(x.dtype)  # (B, C, H, W) - (B, C, 1, 1)
+        var = (x * x).sum((2, 3), keepdim=True) / places  # -> (B, C, 1, 1)
         scale = ((1 + scale) * (var + 1e-5).rsqrt()).to(x.dtype)  # a GPU's bfloat16 stays that
         return torch.addcmul(shift, scale, x)  # shift + scale x; keeps channels_last
 
@@ -356,7 +357,7 @@ class GanSettings(RunSettings):
     match: str = setting("runs/match/best.pt", "checkpoint of match-train: S, F and their sizes")
     out: str = setting("runs/gan", "run folder: checkpoint, log, samples, metrics")
     loss: str = setting("relid", "relid: Eq. 5; rel: Eq. 4 [paper §3.2]", choices=("relid", "rel"))
-    steps: int = setting(6000, "training steps, each one of D and one of G [ours]", low=1)
+    steps: int = setting(6000, "training steps, each one of G and one of D [ours]", low=1)
     batch: int = setting(8, "real faces per step and process [ours]", low=2)
     width: int = setting(16, "G's last channels, unit of widths [ours]; 64 in [SNGAN]", low=1)
     weight: float = setting(1.0, "of <c, phi(f)> beside psi(f); 1 in [paper §3.2]", low=0)
@@ -384,13 +385,14 @@ def warm_cosine(step, steps):
         return step / warm
     return 0.5 * (1 + math.cos(math.pi * (step - 1 - warm) / (steps - warm)))
 
-def descend(optimizer, loss, share, max_norm=math.inf):
-    """One step down the loss at a share of the peak rates, those the optimizer was made with."""
+def descend(optimizer, loss, share, max_norm=math.inf, keep_graph=False):
+    """One step down the loss, of the optimizer's weights alone, at a share of their peak rates.
+    keep_graph: another loss will go back through it, too."""
     for group in optimizer.param_groups:
         group["lr"] = share * group.setdefault("peak", group["lr"])  # peak: lr at the first call
     optimizer.zero_grad()
-    loss.backward()
     weights = [p for group in optimizer.param_groups for p in group["params"]]
+    loss.backward(inputs=weights, retain_graph=keep_graph)
     nn.utils.clip_grad_norm_(weights, max_norm)
     optimizer.step()
 
@@ -467,26 +469,22 @@ def gan_train(cfg):
             c_neg = c_pos[sample_candidates(len(real), 2, rng)[:, 1]]  # c-: (B, D), others' voices
             fake = train_g(z, c_pos)  # (B, D), (B, D) -> (B, 3, H, W)
             phi_real, psi_real = train_d(real)  # (B, 3, H, W) -> (B, D), (B,)
-            phi_fake, psi_fake = train_d(fake.detach())
+            phi_fake, psi_fake = train_d(fake)
         g_real = logit(c_pos, phi_real, psi_real)  # g(real, c+), Eq. 2 and 3: (B,)
         g_fake = logit(c_pos, phi_fake, psi_fake)  # g(fake, c+)
         match_real, mismatch_real = inner(c_pos, phi_real), inner(c_neg, phi_real)  # (B,), (B,)
-        loss_d = (relid_loss(g_real, g_fake, match_real, mismatch_real)  # Eq. 5 in Eq. 6: ()
-                  if cfg.loss == "relid" else rel_loss(g_real, g_fake))  # Eq. 4 in Eq. 6: ()
+        match_fake, mismatch_fake = inner(c_pos, phi_fake), inner(c_neg, phi_fake)  # (B,), (B,)
+        if cfg.loss == "relid":  # Eq. 5 in Eq. 6; G's is non-saturating: real and fake swapped
+            loss_d = relid_loss(g_real, g_fake, match_real, mismatch_real)  # ()
+            loss_g = relid_loss(g_fake, g_real, match_fake, mismatch_fake)
+        else:  # Eq. 4 in Eq. 6
+            loss_d, loss_g = rel_loss(g_real, g_fake), rel_loss(g_fake, g_real)
+        share = min(1, 2 - 2 * (run.step - 1) / cfg.steps)  # of both rates: falls from half-way on
+        # G first: D's step overwrites the weights that made D(fake), which serves both [ours].
+        descend(g_optimizer, loss_g, share, keep_graph=True)
         penalty = (r1_penalty(train_d, real, c_pos) + r1_penalty(train_d, fake, c_pos)  # R1 + R2
                    if run.step % R1_EVERY == 0 else 0.0)  # ()
-        share = min(1, 2 - 2 * (run.step - 1) / cfg.steps)  # of both rates: falls from half-way on
         descend(d_optimizer, loss_d + cfg.gamma / 2 * R1_EVERY * penalty, share)
-
-        discriminator.requires_grad_(False)  # G alone learns; g_real is from before D's step [ours]
-        with machine.autocast:
-            phi_fake, psi_fake = discriminator(fake)  # not wrapped: D gets no gradient
-        g_real, g_fake = g_real.detach(), logit(c_pos, phi_fake, psi_fake)  # (B,)
-        match_fake, mismatch_fake = inner(c_pos, phi_fake), inner(c_neg, phi_fake)  # (B,), (B,)
-        loss_g = (relid_loss(g_fake, g_real, match_fake, mismatch_fake)  # Eq. 6, non-saturating:
-                  if cfg.loss == "relid" else rel_loss(g_fake, g_real))  # real and fake swapped
-        descend(g_optimizer, loss_g, share)
-        discriminator.requires_grad_(True)
         update_ema([*g_ema.parameters()], [*generator.parameters()], None)  # d ema + (1 - d) g
 
         run.log(loss_d=loss_d, loss_g=loss_g, match_real=match_real.mean(),
@@ -857,7 +855,7 @@ def load_speech(path, seconds=None, rng=None, moment=None):
 def load_face(path, size):
     """A face, uint8 (H, W, 3): upright, RGB, its central square resized to `size`."""
     with as_user_error(f"{path}: not a readable picture"), Image.open(path) as image:
-        image.draft("RGB", (size, size))  # decodes a large JPEG at a fraction of its size
+        image.draft("RGB", (2 * size, 2 * size))  # a large JPEG: decoded at twice `size` or more
         face = ImageOps.exif_transpose(image).convert("RGB")
     if min(face.size) < MIN_SIDE:
         raise UserError(f"{path}: {face.width}x{face.height} pixels, at least {MIN_SIDE} a side")
