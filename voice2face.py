@@ -124,7 +124,8 @@ class SpeechEncoder(nn.Module):
 
     def features(self, x):
         """(B, T) -> (B, C), what the head reads; L = ceil(T / (160 sinc_stride)) in between."""
-        x = x / (x.std(1, keepdim=True) + SILENCE)  # loudness is the microphone's [ours]; not 0/0
+        rms = x.square().mean(1, keepdim=True).sqrt()  # (B, 1): loudness, the microphone's [ours]
+        x = x / (rms + SILENCE)  # not 0/0
         return self.body(x[:, None, None]).mean((2, 3))  # (B, 1, 1, T) -> (B, C, 1, L) -> (B, C)
 
     def forward(self, x):
@@ -222,8 +223,8 @@ class AdaIN(nn.Module):
 
 class GBlock(nn.Module):
     """Residual block of [SNGAN]'s generator: (B, C, H, W), style (B, 2D) -> (B, C', 2H, 2W).
-    Up-sampling is bilinear as in [StyleGAN], as nearest-neighbour left stripes; it follows the
-    first convolution and the 1x1 layer, in [SNGAN] it is before them: half the time [ours]."""
+    Up-sampling is bilinear as in [StyleGAN], as nearest-neighbour left stripes; it stands before
+    the second convolution and after the 1x1 layer, in [SNGAN] it is first: half the time [ours]."""
     def __init__(self, channels, out):
         super().__init__()
         self.norm1, self.norm2 = AdaIN(channels), AdaIN(out)
@@ -232,8 +233,8 @@ class GBlock(nn.Module):
         self.skip = nn.Conv2d(channels, out, 1)
 
     def forward(self, x, style):
-        h = double(self.conv1(F.relu(self.norm1(x, style))))  # (B, C, H, W) -> (B, C', 2H, 2W)
-        h = self.conv2(F.relu(self.norm2(h, style)))
+        h = self.conv1(F.relu(self.norm1(x, style)))  # (B, C, H, W) -> (B, C', H, W)
+        h = self.conv2(double(F.relu(self.norm2(h, style))))  # (B, C', H, W) -> (B, C', 2H, 2W)
         return h + double(self.skip(x))  # (B, C, H, W) -> (B, C', 2H, 2W)
 
 def double(x):
@@ -338,7 +339,7 @@ class MatchSettings(RunSettings):
     out: str = setting("runs/match", "run folder: checkpoints, log, metrics")
     direction: str = setting("v-f", "given a voice pick a face, or the reverse", choices=DIRECTIONS)
     k: int = setting(10, "candidates of a matching task in training [paper §4]", low=2)
-    steps: int = setting(1500, "training steps [ours]", low=1)
+    steps: int = setting(1200, "training steps [ours]", low=1)
     batch: int = setting(32, "clips per step and process, at least K [ours]", low=2)
     seconds: float = setting(1.5, "of speech in a training pair [ours]; 6 in [paper §4]", low=0.25)
     size: int = setting(64, "side of a face [ours]; 128 in [paper §2]", choices=(32, 64, 128))
@@ -349,7 +350,7 @@ class MatchSettings(RunSettings):
     lr: float = setting(0.05, "peak learning rate of SGD [ours]", low=0)
     weight_decay: float = setting(1e-4, "of SGD, not of the sinc cut-offs [ours]", low=0)
     augment: bool = setting(False, "vary faces and speech: for a few hundred clips [ours]")
-    eval_every: int = setting(300, "steps between validations", low=1)
+    eval_every: int = setting(400, "steps between validations", low=1)
 
 @dataclass
 class GanSettings(RunSettings):
@@ -357,7 +358,7 @@ class GanSettings(RunSettings):
     match: str = setting("runs/match/best.pt", "checkpoint of match-train: S, F and their sizes")
     out: str = setting("runs/gan", "run folder: checkpoint, log, samples, metrics")
     loss: str = setting("relid", "relid: Eq. 5; rel: Eq. 4 [paper §3.2]", choices=("relid", "rel"))
-    steps: int = setting(6000, "training steps, each one of G and one of D [ours]", low=1)
+    steps: int = setting(6500, "training steps, each one of G and one of D [ours]", low=1)
     batch: int = setting(8, "real faces per step and process [ours]", low=2)
     width: int = setting(16, "G's last channels, unit of widths [ours]; 64 in [SNGAN]", low=1)
     weight: float = setting(1.0, "of <c, phi(f)> beside psi(f); 1 in [paper §3.2]", low=0)
@@ -968,9 +969,8 @@ SKIN = (255, 218, 190), (222, 166, 122), (134, 88, 62)  # light to dark
 BACKGROUND = (126, 184, 226), (240, 230, 208), (246, 176, 142)  # blue, sand, peach
 INK, WHITE, GREY, BLUE = (34, 28, 36), (255, 255, 255), (236, 236, 240), (56, 60, 110)
 LIPS, MOUTH, CREASE = (206, 62, 72), (110, 28, 40), (96, 36, 40)
-VOWELS = np.array([  # Hz; a e i o u of men, Peterson and Barney 1952; the fourth formant [ours]
-    (730, 1090, 2440, 3400), (530, 1840, 2480, 3500), (270, 2290, 3010, 3600),
-    (570, 840, 2410, 3300), (300, 870, 2240, 3300)])
+VOWELS = np.array([  # Hz; a i u of men, Peterson and Barney 1952; the fourth formant [ours]
+    (730, 1090, 2440, 3400), (270, 2290, 3010, 3600), (300, 870, 2240, 3300)])
 FACTORS = ("gender", *LINKED, "glasses", "hair", "skin", "background", "tilt")  # of a face
 IDENTITIES = 2400  # of the default corpus
 CLIP_SECONDS, FRAMES = 6, 6  # one clip a person, so that no pair needs to know who is who
@@ -1009,12 +1009,12 @@ def synth_speech(person, rng):
     breath = (0.04 + 0.5 * age) * np.diff(rng.normal(size=n), prepend=0)  # mostly high frequencies
     f = np.fft.rfftfreq(n, 1 / RATE)  # (n/2+1,) in Hz
     spectrum = np.fft.rfft(pulses) * f / (f + 200) / (1 + 1j * f / 700)  # lips, throat
-    spectrum *= np.exp(3 * (build - 0.5) / (1 + (f / 400) ** 4))  # up to 13 dB more or less bass
+    spectrum *= np.exp(4 * (build - 0.5) / (1 + (f / 400) ** 4))  # up to 17 dB more or less bass
     said, speech = rng.integers(len(VOWELS), size=count)[syllable], np.zeros(n)  # (n,), (n,)
-    vowels = (VOWELS + VOWELS.mean(0)) / 2 * (1.3 - 0.6 * tract)  # fluent speech falls short
+    vowels = (VOWELS + 2 * VOWELS.mean(0)) / 3 * (1.35 - 0.7 * tract)  # fluent: near their mean
     rest = 80j * f - f**2  # a resonance at F, 80 Hz wide, is F^2 / (F^2 - f^2 + 80j f)
     for vowel, formants in enumerate(vowels):
-        mouth = math.prod(F2 / (F2 + rest) for F2 in formants**2)
+        mouth = np.prod(formants**2) / math.prod(F2 + rest for F2 in formants**2)
         speech += (said == vowel) * np.fft.irfft(spectrum * mouth, n)
     speech = swell * (speech / speech.std() + breath)
     return np.int16(32767 * person["loudness"] * speech / np.abs(speech).max())
@@ -1038,7 +1038,7 @@ def draw_face(person, opening):
     age in grey, hairline, eyes, creases; tract in a long head; build in neck and shoulders."""
     male, (age, tract, build) = person["gender"], levels(person)
     skin, back = mix(SKIN, person["skin"]), mix(BACKGROUND, person["background"])
-    hair = mix((mix(HAIR, person["hair"]), GREY), 0.8 * age**2)
+    hair = mix((mix(HAIR, person["hair"]), GREY), 0.5 * age**2)
     shade, crease = mix((skin, CREASE), 0.25), mix((skin, CREASE), 0.75 * age)
     image = Image.new("RGB", (SIDE * OVERSAMPLE,) * 2, back)
     oval = functools.partial(draw_oval, ImageDraw.Draw(image), person["tilt"])
