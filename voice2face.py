@@ -33,7 +33,7 @@ Sources    [paper §x]; [PASE] Pascual et al. 2019; [SincNet] Ravanelli and Beng
            - a clip's negatives come from its own batch, which encodes each clip once;
            - the waveform's loudness is divided out, being the microphone's (SpeechEncoder);
            - the face encoder has no spectral norm, and a 1x1 layer in every shortcut (DBlock);
-           - psi, of two layers, sees phi's last 4x4 map and its std over the batch (Discriminator);
+           - psi, of two layers, sees phi's last 4x4 map and its spread in the batch (Discriminator);
            - beside R1 its like on drawn faces, R2: eyes and hair come out sooner (r1_penalty);
            - AdaIN's style is [z, c], in which c has length 1 (AdaIN, Generator);
            - our text lacks the appendices and Eq. 1 and 3 to 6: we go by its prose (relid_loss);
@@ -79,7 +79,7 @@ class SincConv(nn.Module):
     (B, 1, 1, T) -> (B, C, 1, L). A filter is the difference of two ideal low-passes,
         g(t) = 2 high sinc(2 high t) - 2 low sinc(2 low t),   sinc(x) = sin(pi x) / (pi x),
     under a Hamming window, divided by 2 (high - low), which makes its centre 1. Cut-offs, in Hz,
-    start evenly on the mel scale. kernel_size is odd, so that there is a centre."""
+    start evenly on the mel scale, MIN_HZ up. kernel_size is odd, so that there is a centre."""
     def __init__(self, filters, kernel_size=251, stride=1):
         super().__init__()
         self.stride = stride
@@ -207,8 +207,8 @@ def top1(logits):
 class AdaIN(nn.Module):
     """The style sets mean and deviation of each channel [StyleGAN]: x (B, C, H, W), style (B, 2D).
         AdaIN(x, y) = (1 + scale(y)) (x - mean(x)) / std(x) + shift(y),   mean, std over H and W
-    scale and shift are linear in the style y = [z, c]. Were it c alone, z could set no colour, for
-    the normalisation wipes out the means of what comes from below [ours]."""
+    scale and shift are linear in the style y = [z, c]. Were it c alone, z could set no colour: the
+    normalisation wipes out the means of all that comes from below, z's part included [ours]."""
     def __init__(self, channels):
         super().__init__()
         self.style = nn.Linear(2 * EMBED, 2 * channels)
@@ -223,8 +223,8 @@ class AdaIN(nn.Module):
 
 class GBlock(nn.Module):
     """Residual block of [SNGAN]'s generator: (B, C, H, W), style (B, 2D) -> (B, C', 2H, 2W).
-    Up-sampling is bilinear as in [StyleGAN], as nearest-neighbour left stripes; it stands before
-    the second convolution and after the 1x1 layer, in [SNGAN] it is first: half the time [ours]."""
+    Up-sampling is bilinear [StyleGAN], for nearest-neighbour left stripes. [SNGAN] does it first;
+    here conv1 and skip run before it, at a quarter of the places, which halves the time [ours]."""
     def __init__(self, channels, out):
         super().__init__()
         self.norm1, self.norm2 = AdaIN(channels), AdaIN(out)
@@ -267,9 +267,9 @@ class Generator(nn.Module):
 
 class Discriminator(nn.Module):
     """faces (B, 3, H, W) -> `weight` phi (B, D) and psi (B,), of which Eq. 2 makes g(f, c).
-    phi starts as the trained F and goes on training [paper §3.2]. psi reads the 4x4 places, not
-    phi(f) as in the paper: from that it taught G silhouettes, from the places' sum worse faces. It
-    also sees each channel's std over the batch, after [StyleGAN2]: else backgrounds mix colours."""
+    phi starts as the trained F and goes on training [paper §3.2]. psi reads the 4x4 places: reading
+    phi(f), as in the paper, it led G to silhouettes, reading the places' sum to worse faces. It
+    sees the std of that sum in the batch, too, after [StyleGAN2]: else backgrounds mix colours."""
     def __init__(self, face_encoder, weight=1.0):
         super().__init__()
         self.phi, self.weight = copy.deepcopy(face_encoder), weight
@@ -296,9 +296,9 @@ def rel_loss(g_real, g_fake):
 
 def relid_loss(g_real, g_fake, match, mismatch):
     """-E log A(g(real, c+) - g(fake, c+) + <c+, phi(real)> - <c-, phi(real)>): Eq. 5 in Eq. 6.
-    All (B,). match = <c+, phi(real)>, which g(real, c+) holds once already, and mismatch =
-    <c-, phi(real)> keep D asking who fits whom, which phi would forget [paper §3.2]. Our reading:
-    one sigmoid around all terms, as in Eq. 4; for G real and fake swap, in all four terms."""
+    All (B,). match is <c+, phi(real)>, which g(real, c+) holds once already; mismatch is
+    <c-, phi(real)>. With them D goes on asking who fits whom; phi would forget it [paper §3.2].
+    Our reading: one sigmoid around all terms, as in Eq. 4; for G real and fake swap in all four."""
     return -F.logsigmoid(g_real - g_fake + match - mismatch).mean()
 
 def r1_penalty(discriminator, faces, c):
@@ -364,7 +364,7 @@ class GanSettings(RunSettings):
     weight: float = setting(1.0, "of <c, phi(f)> beside psi(f); 1 in [paper §3.2]", low=0)
     lr: float = setting(2e-3, "learning rate of G's Adam [ours]", low=0)
     d_lr: float = setting(1e-3, "learning rate of D's Adam [ours]", low=0)
-    gamma: float = setting(0.5, "gamma/2 E |grad_f g(f, c+)|^2, of R1 and R2 [ours]", low=0)
+    gamma: float = setting(0.5, "weight of R1 and R2, gamma/2 E |grad_f g(f, c+)|^2 [ours]", low=0)
     ema_decay: float = setting(0.998, "of the running average of G's weights [ours]", low=0, high=1)
     eval_every: int = setting(1000, "steps between validations and samples", low=1)
 
@@ -524,7 +524,7 @@ def matching_scores(speech, faces, people, seed, prefix=""):
         hits = []
         for rows in alike if suffix else [torch.arange(len(speech))]:
             if len(rows) >= k:
-                rows = rows[torch.randperm(len(rows), generator=generator)]  # or neighbours by name
+                rows = rows[torch.randperm(len(rows), generator=generator)]  # lest names matter
                 candidates = sample_candidates(len(rows), k, generator)  # (n, K)
                 hits.append(top1(match_logits(speech[rows], faces[rows], candidates, direction)))
         if hits:
@@ -569,7 +569,7 @@ def apply(network, *inputs):
     return torch.cat([network(*(x.to(device) for x in chunk)).cpu() for chunk in chunks])
 
 def drawn_scores(c, fake, real, people, seed):
-    """One run of QTA 1 to 3 and the K-way tests on drawn faces; c, fake, real (N, D) embeddings."""
+    """One run of QTA 1, 3, the first half of 2, K-way tests of drawn faces; all (N, D)."""
     preferred = top1(torch.stack([inner(c, fake), inner(c, real)], 1))  # (N, 2) -> (N,)
     scores = {"preferred": 100 * preferred.mean().item()} | matching_scores(c, fake, people, seed)
     for couples, (cd_c, cd_f) in distance_panels(c, fake, people, seed).items():
@@ -583,7 +583,7 @@ def drawn_scores(c, fake, real, people, seed):
 
 def evaluate(model, split, labels, cfg, runs, machine):
     """All scores on a split: {key: mean, key/std: deviation} over runs.
-    A generator's true faces are real/; oracle/ is there where factors are known."""
+    With a generator drawn faces have the bare keys, true ones real/; oracle/: of known factors."""
     found, metrics = {}, {}  # {key: a score per run}, {key: a number}
     for seed in range(cfg.seed + 1000, cfg.seed + 1000 * (runs + 1), 1000):
         with machine.autocast:
@@ -681,7 +681,7 @@ def sample_batch(split, cfg, count, seed, machine):
     return speech, faces, pairs.split.names[identity.numpy()]
 
 def plot_figures(model, split, path, machine, seed=0, columns=7):
-    """Figures 2 to 6: faces by z, between voices, between z, retrieved; distances, dark: many."""
+    """Figures 2 to 6: faces by z, between voices, between z, retrieved; distances, in dark: many."""
     speech, faces, names = sample_batch(split, model.match, 200, seed, machine)
     c, real = apply(model.speech_encoder, speech), apply(model.face_encoder, faces)  # (N, D) each
     z = torch.randn(c.shape, generator=torch.Generator().manual_seed(seed))  # (N, D)
@@ -761,7 +761,7 @@ def generate(args):
 # 1200.jpg was taken 1200 ms into its clip's one recording: GUARD around that moment is not heard.
 SPEECH_FILES = (".wav", ".flac", ".mp3", ".m4a", ".aac", ".ogg", ".opus", ".wma")
 FACE_FILES = (".jpg", ".jpeg", ".png")
-HEARD = 6.0  # s of speech in tests and drawing, whatever training hears at once [paper §4]
+HEARD = 6.0  # s of speech in tests and drawing, repeated if shorter [paper §4]
 GUARD = 0.3  # s between a picture's moment and its speech, on both sides [ours]
 SPARE = 16  # further people who may stand in for a batch's unreadable ones [ours]
 MIN_SIDE = 32  # pixels; a smaller face is a fault [ours]
@@ -831,8 +831,9 @@ def sample_window(length, rate, seconds, moment, rng):
     return start, start + window
 
 def load_speech(path, seconds=None, rng=None, moment=None):
-    """A window of a recording, (T,), T = 16000 seconds or all, beside `moment` (s) if given.
-    Shorter is repeated, longer cut at random [paper §4]; rates round to 25 Hz, or some cost GB."""
+    """A window of a recording, (T,), T = RATE * seconds or all, beside `moment` (s) if given.
+    Shorter is repeated, longer cut at random [paper §4]; rates round to 25 Hz: from odd ones
+    the resampler's filters would cost GB."""
     with as_user_error(f"{path}: neither 16-bit WAV nor readable by torchaudio"):
         try:
             with wave.open(str(path)) as f:
@@ -999,22 +1000,22 @@ def synth_speech(person, rng):
     sturdy build adds bass. Vowels change with the syllables, one in seven of which is a pause."""
     n, (age, tract, build) = CLIP_SECONDS * RATE, levels(person, "voice_")
     count, t = int(2 * CLIP_SECONDS * person["tempo"]), np.arange(n) / RATE  # syllables; s
-    ends = np.cumsum(rng.uniform(0.7, 1.3, count)) / person["tempo"]  # of the syllables, s
-    part = np.interp(t, ends, np.arange(count))  # (n,) 1.5: amid syllable 1
-    syllable, tune = part.astype(int), np.interp(t, ends, rng.normal(size=count))
+    starts = np.cumsum(rng.uniform(0.7, 1.3, count)) / person["tempo"]  # of the syllables, s
+    part = np.interp(t, starts, np.arange(count))  # (n,) 1.5: amid syllable 1; 0: not yet begun
+    syllable, tune = part.astype(int), np.interp(t, starts, rng.normal(size=count))
     stress = np.where(rng.random(count) < 1 / 7, 0, rng.uniform(0.5, 1, count))
     swell = stress[syllable] * np.sin(np.pi * part) ** 2  # 0 between syllables
     f0 = (115 if person["gender"] else 220) * np.exp(person["pitch"] - 0.3 * age + 0.1 * tune)  # Hz
-    pulses = np.diff(np.floor(np.cumsum(f0) / RATE), prepend=0) / np.sqrt(f0)  # where periods end
+    pulses = np.diff(np.floor(np.cumsum(f0) / RATE), prepend=0) / np.sqrt(f0)  # of equal power
     breath = (0.04 + 0.5 * age) * np.diff(rng.normal(size=n), prepend=0)  # mostly high frequencies
     f = np.fft.rfftfreq(n, 1 / RATE)  # (n/2+1,) in Hz
     spectrum = np.fft.rfft(pulses) * f / (f + 200) / (1 + 1j * f / 700)  # lips, throat
     spectrum *= np.exp(4 * (build - 0.5) / (1 + (f / 400) ** 4))  # up to 17 dB more or less bass
     said, speech = rng.integers(len(VOWELS), size=count)[syllable], np.zeros(n)  # (n,), (n,)
     vowels = (VOWELS + 2 * VOWELS.mean(0)) / 3 * (1.35 - 0.7 * tract)  # fluent: near their mean
-    rest = 80j * f - f**2  # a resonance at F, 80 Hz wide, is F^2 / (F^2 - f^2 + 80j f)
+    rest = 80j * f - f**2  # a resonance at r, 80 Hz wide, is r^2 / (r^2 - f^2 + 80j f)
     for vowel, formants in enumerate(vowels):
-        mouth = np.prod(formants**2) / math.prod(F2 + rest for F2 in formants**2)
+        mouth = np.prod(formants**2) / math.prod(r2 + rest for r2 in formants**2)
         speech += (said == vowel) * np.fft.irfft(spectrum * mouth, n)
     speech = swell * (speech / speech.std() + breath)
     return np.int16(32767 * person["loudness"] * speech / np.abs(speech).max())
@@ -1025,7 +1026,7 @@ def mix(colors, t):
 
 def draw_oval(draw, tilt, color, x, y, rx, up, down=None, powers=(2, 2), bend=0):
     """An oval `up` above and `down` below (x, y), y being down and (0, 0) between the eyes; larger
-    powers: squarer halves; bend lifts the ends. All turns by `tilt` degrees about (0, 0.8)."""
+    powers (above, below): squarer; bend lifts the ends. `tilt` turns it, in degrees, about (0, 0.8)."""
     c, s, power = np.cos(TURN), np.sin(TURN), 2 / np.where(np.sin(TURN) < 0, *powers)
     x = x + rx * np.sign(c) * np.abs(c) ** power
     y = y + np.where(s < 0, up, down or up) * np.sign(s) * np.abs(s) ** power - bend * c**2
@@ -1044,22 +1045,22 @@ def draw_face(person, opening):
     oval = functools.partial(draw_oval, ImageDraw.Draw(image), person["tilt"])
     width, crown, line = 0.61 - 0.23 * tract, 0.63 + 0.2 * tract, 0.3 + 0.27 * age
     if not male:
-        oval(mix((hair, INK), 0.2), 0, 0, width + 0.21, crown + 0.04, 0.82, (2.2, 3.5))
+        oval(mix((hair, INK), 0.2), 0, 0, width + 0.21, crown + 0.04, 0.82, (2.2, 3.5))  # long
     oval(mix((back, BLUE), 0.6), 0, 1.33, 0.46 + 0.66 * build, 0.6 + 0.1 * build, 0.9, (2.6, 2))
-    oval(shade, 0, 0.4, 0.12 + 0.25 * build, 0.3, 0.46, (8, 3))  # the neck
-    oval(hair, 0, -0.05, width + 0.07, crown, 0.1 if male else 0.52, (2.3, 3))
+    oval(shade, 0, 0.4, 0.12 + 0.25 * build, 0.3, 0.46, (8, 3))  # the neck above the clothes
+    oval(hair, 0, -0.05, width + 0.07, crown, 0.1 if male else 0.52, (2.3, 3))  # hair
     oval(skin, 0, -0.05, width, line, 0.45 + 0.26 * tract, (3, 2.5) if male else (1.8, 2.1))
     thick, eye = 0.01 + 0.02 * age, 0.13 - 0.065 * age
-    oval(crease, 0, -0.32 - 0.1 * age, 0.02 + 0.27 * age, thick, bend=-0.03)
+    oval(crease, 0, -0.32 - 0.1 * age, 0.02 + 0.27 * age, thick, bend=-0.03)  # on the forehead
     for x in (-0.22, 0.22):
-        oval(crease, 1.15 * x, 0.15, 0.12, thick, bend=0.06)
+        oval(crease, 1.15 * x, 0.15, 0.12, thick, bend=0.06)  # below the eye
         if person["glasses"]:
             oval(INK, x, -0.04, 0.15 + 0.06 * person["glasses"], 0.15 + 0.06 * person["glasses"])
             oval(skin, x, -0.04, 0.15, 0.15)
-        oval(WHITE, x, -0.04, 0.117, eye)
+        oval(WHITE, x, -0.04, 0.117, eye)  # and its pupil and brow
         oval(INK, x, -0.04, 0.078, min(0.088, eye))
         oval(mix((hair, INK), 0.4), x, -0.27, 0.13, 0.045 if male else 0.03, bend=-0.05)
-    oval(mix((skin, CREASE), 0.3), 0, 0.1 + 0.07 * tract, 0.078, 0.062)  # the nose
+    oval(mix((skin, CREASE), 0.3), 0, 0.1 + 0.07 * tract, 0.078, 0.062)  # nose
     lips, y = mix((skin, LIPS), 0.5 if male else 0.9), 0.32 + 0.1 * tract
     oval(lips, 0, y, 0.19, 0.04, 0.045 + 0.11 * opening, bend=0.07)
     oval(MOUTH, 0, y + 0.005, 0.14, 0.01, 0.01 + 0.1 * opening, bend=0.055)
@@ -1102,7 +1103,7 @@ MAY_CHANGE = {"out", "device", "workers", "log_every", "save_every", "resume"}  
 class Machine:
     """What a command computes on; device, processes and precision are decided here alone.
     Under torchrun each process has its own GPU, batches and negatives; the first tests and writes.
-    On a GPU that has bfloat16 layers compute in it [ours]; weights, R1, R2 stay float32."""
+    On a GPU that has bfloat16, layers compute in it [ours]; weights, R1, R2 stay float32."""
     def __init__(self, name):
         told, native = os.environ if distributed.is_torchelastic_launched() else {}, False
         self.rank, self.count = int(told.get("RANK", 0)), int(told.get("WORLD_SIZE", 1))
