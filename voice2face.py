@@ -33,7 +33,7 @@ Sources    [paper §x]; [PASE] Pascual et al. 2019; [SincNet] Ravanelli and Beng
            - a clip's negatives come from its own batch, which encodes each clip once;
            - the waveform's loudness is divided out, being the microphone's (SpeechEncoder);
            - the face encoder has no spectral norm, and a 1x1 layer in every shortcut (DBlock);
-           - psi, of two layers, sees phi's last 4x4 map and its spread in the batch (Discriminator);
+           - psi, of two layers, sees phi's last map and its spread in the batch (Discriminator);
            - beside R1 its like on drawn faces, R2: eyes and hair come out sooner (r1_penalty);
            - AdaIN's style is [z, c], in which c has length 1 (AdaIN, Generator);
            - our text lacks the appendices and Eq. 1 and 3 to 6: we go by its prose (relid_loss);
@@ -681,7 +681,7 @@ def sample_batch(split, cfg, count, seed, machine):
     return speech, faces, pairs.split.names[identity.numpy()]
 
 def plot_figures(model, split, path, machine, seed=0, columns=7):
-    """Figures 2 to 6: faces by z, between voices, between z, retrieved; distances, in dark: many."""
+    """Figures 2 to 6: faces by z, between voices, between z, retrieved; distances, dark: many."""
     speech, faces, names = sample_batch(split, model.match, 200, seed, machine)
     c, real = apply(model.speech_encoder, speech), apply(model.face_encoder, faces)  # (N, D) each
     z = torch.randn(c.shape, generator=torch.Generator().manual_seed(seed))  # (N, D)
@@ -1025,8 +1025,8 @@ def mix(colors, t):
     return tuple(int(np.interp(t, np.linspace(0, 1, len(colors)), x)) for x in zip(*colors))
 
 def draw_oval(draw, tilt, color, x, y, rx, up, down=None, powers=(2, 2), bend=0):
-    """An oval `up` above and `down` below (x, y), y being down and (0, 0) between the eyes; larger
-    powers (above, below): squarer; bend lifts the ends. `tilt` turns it, in degrees, about (0, 0.8)."""
+    """An oval `up` above and `down` below (x, y); y is down, (0, 0) between the eyes; of larger
+    powers (above, below) squarer; bend lifts its ends, tilt turns it, degrees about (0, 0.8)."""
     c, s, power = np.cos(TURN), np.sin(TURN), 2 / np.where(np.sin(TURN) < 0, *powers)
     x = x + rx * np.sign(c) * np.abs(c) ** power
     y = y + np.where(s < 0, up, down or up) * np.sign(s) * np.abs(s) ** power - bend * c**2
