@@ -331,9 +331,8 @@ def test_best_is_what_validated_best_and_rates_rise_and_fall(corpus, tmp_path, m
     run("match-train", "--data", corpus, "--out", tmp_path, "--eval-every", 1)
     kept = [torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("best", "last")]
     assert (kept[0]["step"], kept[1]["step"], kept[1]["best"]) == (2, 4, 5.0)
-    shares = [v.warm_cosine(step, 20) for step in range(1, 21)]
-    fall = 0.5 + 0.5 * np.cos(np.pi * np.arange(18) / 18)
-    np.testing.assert_allclose(shares, [0.5, 1, *fall], rtol=1e-12)
+    shares = [v.rate_share(step, 20, 0.1) for step in range(1, 21)]
+    np.testing.assert_allclose(shares, [0.5, *[1] * 10, *np.arange(9, 0, -1) / 10], rtol=1e-12)
 
 CHANGES = dict(  # a setting: another value, and what it must change of what observe() sees
     runs=(3, "metrics"), val_clips=(4, "tests"), eval_every=(4, "tests"), save_every=(3, "saves"),
