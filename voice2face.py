@@ -13,7 +13,7 @@ The idea   A speech encoder S reads the raw waveform, a face encoder F reads a p
            c = S(s), what the voice tells, and z, noise for all that it does not tell. Its opponent
            D starts from F: it knows from the first step which face fits which voice.
 Map        1 Inference, 2 Generation, 3 Training: the method. 4 Evaluation, 5 Figures, 6 Data,
-           7 Synthetic people, 8 Plumbing, 9 Command line serve it.
+           7 Synthetic people (the default corpus), 8 Plumbing, 9 Command line serve it.
 Glossary   paper  here          shape         meaning
            s      speech        (B, T)        waveforms, 16 kHz, in [-1, 1]
            f      faces, real   (B, 3, H, W)  pictures, RGB, in [-1, 1]
@@ -25,19 +25,19 @@ Glossary   paper  here          shape         meaning
            V-F    "v-f"                       pick a face for a voice among K; F-V is the reverse
            One letter per dimension: B clips, K candidates (1 positive, K - 1 negatives), T samples,
            L frames, C channels, M taps or pixels, H W pixels, D = 128 embedding, N clips of a test,
-           G a gallery, P people, V voices, Z noises, E numbers. F: also nn.functional, E: a mean.
+           G a gallery, P people, V voices, Z noises, E factors. E is also a mean, F nn.functional.
 Sources    [paper §x]; [PASE] Pascual et al. 2019; [SincNet] Ravanelli and Bengio 2018; [SNGAN]
            Miyato and Koyama 2018; [StyleGAN], [StyleGAN2] Karras et al. 2019, 2020; [R1] Mescheder
            et al. 2018; [ours] where our text of the paper is silent. Where this differs, and why:
            - all embeddings have one length: else training begins on a plateau (scale_normalize);
            - a clip's negatives come from its own batch, which encodes each clip once;
            - the waveform's loudness is divided out, being the microphone's (SpeechEncoder);
-           - the face encoder has no spectral norm, and a 1x1 layer in every shortcut (DBlock);
+           - no spectral norm in F, for R1 bounds D; a 1x1 layer in every shortcut (DBlock);
            - psi, of two layers, sees phi's last map and its spread in the batch (Discriminator);
            - beside R1 its like on drawn faces, R2: eyes and hair come out sooner (r1_penalty);
            - AdaIN's style is [z, c], in which c has length 1 (AdaIN, Generator);
            - our text lacks the appendices and Eq. 1 and 3 to 6: we go by its prose (relid_loss);
-           - the preset `small` trains on 1.5 s and 64x64 pixels with narrower layers.
+           - the preset `small`, for two CPU cores, trains on 1.5 s, 64x64 pixels, narrower layers.
 """
 
 import argparse, contextlib, copy, csv, datetime, functools, glob, io, itertools, json, math, os
@@ -79,7 +79,7 @@ class SincConv(nn.Module):
     (B, 1, 1, T) -> (B, C, 1, L). A filter is the difference of two ideal low-passes,
         g(t) = 2 high sinc(2 high t) - 2 low sinc(2 low t),   sinc(x) = sin(pi x) / (pi x),
     under a Hamming window, divided by 2 (high - low), which makes its centre 1. Cut-offs, in Hz,
-    start evenly on the mel scale, MIN_HZ up. kernel_size is odd, so that there is a centre."""
+    start evenly on the mel scale, plus MIN_HZ. kernel_size is odd, so that there is a centre."""
     def __init__(self, filters, kernel_size=251, stride=1):
         super().__init__()
         self.stride = stride
@@ -142,7 +142,7 @@ class DBlock(nn.Module):
 
     def forward(self, x):
         h = self.conv1(x if self.first else F.relu(x))  # the first block sees pixels, not features
-        h = self.conv2(F.relu(h))  # (B, C, H, W) -> (B, C', H, W)
+        h = self.conv2(F.relu(h))  # -> (B, C', H, W)
         if self.down:
             h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)  # H, W -> H/2, W/2
         return h + self.skip(x)  # 1x1 layer and pooling commute: a quarter of the work
@@ -223,7 +223,7 @@ class AdaIN(nn.Module):
 
 class GBlock(nn.Module):
     """Residual block of [SNGAN]'s generator: (B, C, H, W), style (B, 2D) -> (B, C', 2H, 2W).
-    Up-sampling is bilinear [StyleGAN], for nearest-neighbour left stripes. [SNGAN] does it first;
+    Up-sampling is bilinear [StyleGAN]: nearest-neighbour made stripes. [SNGAN] does it first;
     here conv1 and skip run before it, at a quarter of the places, which halves the time [ours]."""
     def __init__(self, channels, out):
         super().__init__()
@@ -245,7 +245,7 @@ class Generator(nn.Module):
     """G: z (B, D) and c (B, D) -> faces (B, 3, H, W) in [-1, 1].
     A linear map of [z, c] to 4x4 places, blocks that double the side, tanh [SNGAN]; AdaIN in each
     layer [paper §3.2]. In [SNGAN] width is 64, size 128. c is scaled to length 1: it varies in
-    few directions, in each then about as much as z does in each of its 128 [ours]."""
+    few directions, in each then about as much as z in one of its 128 [ours]."""
     def __init__(self, size=128, width=64):
         super().__init__()
         ups = int(math.log2(size)) - 2
@@ -259,17 +259,17 @@ class Generator(nn.Module):
     def forward(self, z, c):
         style = torch.cat([z, F.normalize(c)], 1)  # (B, D), (B, D) -> (B, 2D)
         x = self.first(style).unflatten(1, (-1, 4, 4))  # (B, 2D) -> (B, C, 4, 4)
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = x.contiguous(memory_format=channels_last)
         for block in self.blocks:
             x = block(x, style)  # (B, C, H, W) -> (B, C', 2H, 2W)
         x = self.last(F.relu(self.norm(x, style)))  # (B, C, H, W) -> (B, 3, H, W)
         return torch.tanh(x.float())
 
 class Discriminator(nn.Module):
-    """faces (B, 3, H, W) -> `weight` phi (B, D) and psi (B,), of which Eq. 2 makes g(f, c).
-    phi starts as the trained F and goes on training [paper §3.2]. psi reads the 4x4 places: reading
-    phi(f), as in the paper, it led G to silhouettes, reading the places' sum to worse faces. It
-    sees the std of that sum in the batch, too, after [StyleGAN2]: else backgrounds mix colours."""
+    """faces (B, 3, H, W) -> weight * phi (B, D) and psi (B,), of which Eq. 2 makes g(f, c).
+    phi starts as the trained F and goes on training [paper §3.2]. psi reads the map of 4x4 places:
+    with phi(f), as in the paper, G drew silhouettes, with the places' sum worse faces. It reads
+    that sum's std in the batch, too, after [StyleGAN2]: else backgrounds mix colours."""
     def __init__(self, face_encoder, weight=1.0):
         super().__init__()
         self.phi, self.weight = copy.deepcopy(face_encoder), weight
@@ -312,7 +312,7 @@ DIRECTIONS, SPLITS = ("v-f", "f-v"), ("train", "val", "test")
 SYNTHETIC = "data/synthetic"  # the one corpus that is made where it is missing
 SINC_LR = 1e4  # the sinc cut-offs, being in Hz, learn this many times faster [ours]
 MOMENTUM, MAX_NORM = 0.9, 1.0  # of SGD; longer gradients are cut to this length [ours]
-WARM = 0.1  # of match-train's steps, while its rate rises [ours]
+WARM = 0.1  # share of match-train's steps in which its rate rises [ours]
 BETAS = (0.0, 0.99)  # of Adam [paper §4]; the values: [StyleGAN]
 R1_EVERY = 16  # R1, R2 are computed in each 16th step, times 16 [StyleGAN2]
 
@@ -378,11 +378,11 @@ def make_encoders(cfg, device):
     """Fresh S and F as MatchSettings say, with channels last in memory: faster on a CPU."""
     speech_encoder = SpeechEncoder(cfg.speech_width, cfg.sinc_stride, cfg.embed_scale)
     face_encoder = FaceEncoder(cfg.size, cfg.face_width, cfg.embed_scale)
-    return [e.to(device, memory_format=torch.channels_last) for e in (speech_encoder, face_encoder)]
+    return [e.to(device, memory_format=channels_last) for e in (speech_encoder, face_encoder)]
 
 def rate_share(step, steps, rise=0.0):
-    """Share of the peak rate in steps 1, 2, ...: a rise in `rise` of them, a fall from half-way on
-    [ours]."""
+    """Share of the peak rate in steps 1, 2, ...: it rises in the share `rise` of them and falls
+    from half-way on, both in a line [ours]."""
     return min(step / max(1, rise * steps), 1, 2 - 2 * (step - 1) / steps)
 
 def descend(optimizer, loss, share, max_norm=math.inf, keep_graph=False):
@@ -405,7 +405,7 @@ def match_train(cfg):
     torch.manual_seed(cfg.seed)
     speech_encoder, face_encoder = make_encoders(cfg, machine.device)
     model = Model(cfg, speech_encoder, face_encoder)
-    low_hz, band_hz, *weights = *speech_encoder.parameters(), *face_encoder.parameters()  # sinc's
+    low_hz, band_hz, *weights = *speech_encoder.parameters(), *face_encoder.parameters()  # sinc 1st
     groups = [dict(params=weights, weight_decay=cfg.weight_decay),
               dict(params=[low_hz, band_hz], lr=cfg.lr * SINC_LR)]
     optimizer = torch.optim.SGD(groups, cfg.lr, MOMENTUM)  # [paper §4]
@@ -524,7 +524,7 @@ def matching_scores(speech, faces, people, seed, prefix=""):
         hits = []
         for rows in alike if suffix else [torch.arange(len(speech))]:
             if len(rows) >= k:
-                rows = rows[torch.randperm(len(rows), generator=generator)]  # lest names matter
+                rows = rows[torch.randperm(len(rows), generator=generator)]  # not by name
                 candidates = sample_candidates(len(rows), k, generator)  # (n, K)
                 hits.append(top1(match_logits(speech[rows], faces[rows], candidates, direction)))
         if hits:
@@ -569,7 +569,7 @@ def apply(network, *inputs):
     return torch.cat([network(*(x.to(device) for x in chunk)).cpu() for chunk in chunks])
 
 def drawn_scores(c, fake, real, people, seed):
-    """One run of QTA 1, 3, the first half of 2, K-way tests of drawn faces; all (N, D)."""
+    """One run of QTA 1 to 3, less 2's two generators, and K-way tests of drawn faces; (N, D)."""
     preferred = top1(torch.stack([inner(c, fake), inner(c, real)], 1))  # (N, 2) -> (N,)
     scores = {"preferred": 100 * preferred.mean().item()} | matching_scores(c, fake, people, seed)
     for couples, (cd_c, cd_f) in distance_panels(c, fake, people, seed).items():
@@ -666,7 +666,7 @@ def to_image(face):
 
 def plot_grid(path, rows, side=128, line=24):
     """A picture of R rows, each a title over n faces: (title, (., 3, H, W), (., 3, H, W), ...)."""
-    faces = [F.interpolate(torch.cat(parts), side) for _, *parts in rows]  # enlarged as they are
+    faces = [F.interpolate(torch.cat(parts), side) for _, *parts in rows]  # (n, 3, side, side)
     faces = nn.utils.rnn.pad_sequence(faces, batch_first=True, padding_value=1)  # (R, n, 3, H, W)
     faces = F.pad(faces, (2, 2, line, 0), value=1).permute(2, 0, 3, 1, 4)  # (3, R, H, n, W)
     picture = to_image(faces.flatten(3).flatten(1, 2))  # (3, R H, n W)
@@ -681,7 +681,7 @@ def sample_batch(split, cfg, count, seed, machine):
     return speech, faces, pairs.split.names[identity.numpy()]
 
 def plot_figures(model, split, path, machine, seed=0, columns=7):
-    """Figures 2 to 6: faces by z, between voices, between z, retrieved; distances, dark: many."""
+    """Figures 2, 3, 4, 6, 5: faces by z, between voices, between z, retrieved; distances."""
     speech, faces, names = sample_batch(split, model.match, 200, seed, machine)
     c, real = apply(model.speech_encoder, speech), apply(model.face_encoder, faces)  # (N, D) each
     z = torch.randn(c.shape, generator=torch.Generator().manual_seed(seed))  # (N, D)
@@ -1211,7 +1211,7 @@ def load_model(path, kind, machine):
         match = MatchSettings(**state.get("match", state["settings"]))
         gan = GanSettings(**state["settings"]) if kind is GanSettings else None
         g_ema = Generator(match.size, gan.width) if gan else nn.Identity()
-        g_ema.to(machine.device, memory_format=torch.channels_last)
+        g_ema.to(machine.device, memory_format=channels_last)
         speech_encoder, face_encoder = make_encoders(match, machine.device)
     restore(dict(speech=speech_encoder, face=face_encoder, g_ema=g_ema), state, path)
     return Model(match, speech_encoder.eval(), face_encoder.eval(), gan, g_ema)
