@@ -940,6 +940,7 @@ match-train --data {corpus} --out {new} --device cuda:77 => --device cuda:77: no
 match-train --data {corpus} --out {match} => --out .*: holds a run; name another folder, or --resume
 match-train --data {corpus} --out {match} --lr 0.1 --resume => the run in .* has --lr 0.05, not 0.1
 match-train --data {corpus} --out {mess}/cut --resume => last.pt: no checkpoint, or damaged
+match-train --data {corpus} --out {mess}/big --speech-width 2000000 => out of memory, try less at once
 match-test --data {corpus} --match {mess}/none.pt --out {new} => none.pt: no checkpoint
 match-test --data {corpus} --match {mess}/old.pt --out {new} => old.pt: of another version
 gan-test --data {corpus} --gan {match}/best.pt --out {mess} => best.pt: of the other

@@ -381,8 +381,7 @@ def make_encoders(cfg, device):
     return [e.to(device, memory_format=channels_last) for e in (speech_encoder, face_encoder)]
 
 def rate_share(step, steps, rise=0.0):
-    """Share of the peak rate in steps 1, 2, ...: it rises in the share `rise` of them and falls
-    from half-way on, both in a line [ours]."""
+    """Share of the peak rate: it rises in `rise` of all steps, falls from half-way on [ours]."""
     return min(step / max(1, rise * steps), 1, 2 - 2 * (step - 1) / steps)
 
 def descend(optimizer, loss, share, max_norm=math.inf, keep_graph=False):
@@ -433,7 +432,7 @@ def match_train(cfg):
             score = validate(model, corpus["val"], run, cfg.runs)
             if score > best:
                 best = score
-                run.save("best.pt", parts)
+                run.save("best.pt", dict(speech=speech_encoder, face=face_encoder))
             speech_encoder.train(), face_encoder.train()  # validation left them in eval mode
         if run.due(cfg.save_every):
             run.save("last.pt", parts, best=best)
@@ -532,8 +531,8 @@ def matching_scores(speech, faces, people, seed, prefix=""):
     return scores
 
 def oracle_embeddings(people):
-    """What perfect encoders, which no method can beat, would answer where factors are known: two
-    of (N, E). For standard normals v, f of correlation r the best score for Eq. 1 is
+    """What perfect encoders, which nothing beats but by chance, would answer where factors are
+    known: two of (N, E). For standard normals v, f of correlation r the best score for Eq. 1 is
         log p(v, f) / (p(v) p(f)) = const + a v f - b v^2 - b f^2,  a = r / (1 - r^2), b = r a / 2,
     an inner product, <(a v, -b v^2, 1), (f, 1, -b f^2)>; the other gender is impossible."""
     a, b = LINK / (1 - LINK**2), LINK**2 / (1 - LINK**2) / 2
@@ -1283,7 +1282,9 @@ def main(argv=None):
         error = e
     except OSError as e:
         error = f"{e.filename or 'file'}: {e.strerror or e}"
-    except (MemoryError, torch.OutOfMemoryError):
+    except (MemoryError, RuntimeError) as e:
+        if "memory" not in repr(e).lower():  # torch: OutOfMemoryError, but on a CPU RuntimeError
+            raise
         error = "out of memory, try less at once: smaller sizes, fewer clips or faces"
     except KeyboardInterrupt:
         error, code = "stopped; --resume goes on with a training", 130
