@@ -631,16 +631,16 @@ def variance_shares(read):
     return {"c": read.mean(1).var(0, correction=0) / total,  # (V, Z, E) -> (V, E) -> (E,)
             "z": read.mean(0).var(0, correction=0) / total}  # (V, Z, E) -> (Z, E) -> (E,)
 
-def control_scores(model, corpus, labels, machine, voices=48, noises=16):
+def control_scores(model, corpus, labels, machine, noises=16):
     """QLA 1 to 3, by eye in the paper: {control/<factor>/...} of what a probe reads in faces drawn
     of V voices by Z noises. c, z: percent of variance; voice: r with it; probe: of true faces."""
     _, faces, names = sample_batch(corpus["train"], model.match, 1000, 0, machine)
     known = numbers([labels[name] for name in names], FACTORS)  # (P, E)
     probe = fit_probe(faces.cpu(), known - known.mean(0))  # (M, E); all that learns of labels
     speech, faces, names = sample_batch(corpus["test"], model.match, 400, 0, machine)
-    people, seen = [labels[name] for name in names], pixels(faces.cpu()) @ probe  # (N, E)
+    people, seen = [labels[name] for name in names], pixels(faces.cpu()) @ probe  # (V, E)
     z = torch.randn(noises, EMBED, generator=torch.Generator().manual_seed(0))  # (Z, D)
-    c = apply(model.speech_encoder, speech[:voices])  # (V, D)
+    c = apply(model.speech_encoder, speech)  # (V, D)
     read = torch.stack([pixels(apply(model.g_ema, z, one)) @ probe for one in c])  # (V, Z, E)
     heard, metrics = ["gender", *(f"voice_{name}" for name in LINKED)], {}  # as FACTORS begin
     for e, name in enumerate(FACTORS):
@@ -648,9 +648,9 @@ def control_scores(model, corpus, labels, machine, voices=48, noises=16):
             metrics[f"control/{name}/{cause}"] = share[e].item()
         metrics[f"control/{name}/probe"] = np.corrcoef(seen[:, e], numbers(people, [name]).T)[0, 1]
         if e < len(heard):
-            voice = numbers(people[:voices], [heard[e]]).expand(-1, noises).flatten()  # (V Z,)
+            voice = numbers(people, [heard[e]]).expand(-1, noises).flatten()  # (V Z,)
             metrics[f"control/{name}/voice"] = np.corrcoef(read[..., e].flatten(), voice)[0, 1]
-    right = (read[..., 0] > 0) == (numbers(people[:voices], ["gender"]) > 0.5)  # (V, Z), (V, 1)
+    right = (read[..., 0] > 0) == (numbers(people, ["gender"]) > 0.5)  # (V, Z), (V, 1)
     metrics["control/gender/right"] = 100 * right.float().mean().item()
     return {key: round(value, 3) for key, value in metrics.items()}
 
