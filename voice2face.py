@@ -404,9 +404,9 @@ def match_train(cfg):
     torch.manual_seed(cfg.seed)
     speech_encoder, face_encoder = make_encoders(cfg, machine.device)
     model = Model(cfg, speech_encoder, face_encoder)
-    low_hz, band_hz, *weights = *speech_encoder.parameters(), *face_encoder.parameters()  # sinc 1st
+    low_hz, band_hz, *weights = *speech_encoder.parameters(), *face_encoder.parameters()
     groups = [dict(params=weights, weight_decay=cfg.weight_decay),
-              dict(params=[low_hz, band_hz], lr=cfg.lr * SINC_LR)]
+              dict(params=[low_hz, band_hz], lr=cfg.lr * SINC_LR)]  # sinc's, S's first two
     optimizer = torch.optim.SGD(groups, cfg.lr, MOMENTUM)  # [paper §4]
     pairs = PairDataset(corpus["train"], cfg, cfg.batch, cfg.seed, shuffle=True)
     speech, faces, *_ = next(load_batches(pairs, [0], 0, machine.device))
@@ -497,8 +497,8 @@ def gan_train(cfg):
         report(model, corpus["test"], cfg, machine)
 
 # ==== 4. Evaluation: K-way tests [paper §4, Tables 1, 2], their ceiling, QTA 1 to 3, what c, z do =
-# A test takes one clip of each identity. Each run draws new negatives; windows, pictures, z [ours].
-# The judge is the first stage's F, not phi. people: N rows of labels.csv. Model: both trainings'.
+# QTA, QLA: quantitative, qualitative analyses. A test takes one clip of each identity, a run draws
+# negatives, windows, pictures, z anew [ours]. The first stage's F judges. people: N label rows.
 GALLERY = 5000  # faces to retrieve from, at most [paper §4]
 Model = namedtuple("Model", "match speech_encoder face_encoder gan g_ema", defaults=(None, None))
 
@@ -523,7 +523,7 @@ def matching_scores(speech, faces, people, seed, prefix=""):
         hits = []
         for rows in alike if suffix else [torch.arange(len(speech))]:
             if len(rows) >= k:
-                rows = rows[torch.randperm(len(rows), generator=generator)]  # not by name
+                rows = rows[torch.randperm(len(rows), generator=generator)]  # names may be grouped
                 candidates = sample_candidates(len(rows), k, generator)  # (n, K)
                 hits.append(top1(match_logits(speech[rows], faces[rows], candidates, direction)))
         if hits:
@@ -568,7 +568,7 @@ def apply(network, *inputs):
     return torch.cat([network(*(x.to(device) for x in chunk)).cpu() for chunk in chunks])
 
 def drawn_scores(c, fake, real, people, seed):
-    """One run of QTA 1 to 3, less 2's two generators, and K-way tests of drawn faces; (N, D)."""
+    """One run of QTA 1 to 3, but for 2's comparison of generators, and K-way tests; all (N, D)."""
     preferred = top1(torch.stack([inner(c, fake), inner(c, real)], 1))  # (N, 2) -> (N,)
     scores = {"preferred": 100 * preferred.mean().item()} | matching_scores(c, fake, people, seed)
     for couples, (cd_c, cd_f) in distance_panels(c, fake, people, seed).items():
@@ -680,7 +680,7 @@ def sample_batch(split, cfg, count, seed, machine):
     return speech, faces, pairs.split.names[identity.numpy()]
 
 def plot_figures(model, split, path, machine, seed=0, columns=7):
-    """Figures 2, 3, 4, 6, 5: faces by z, between voices, between z, retrieved; distances."""
+    """Figures 2, 3, 4, 6; 5: faces by z, between voices or z, retrieved; distances, dark: many."""
     speech, faces, names = sample_batch(split, model.match, 200, seed, machine)
     c, real = apply(model.speech_encoder, speech), apply(model.face_encoder, faces)  # (N, D) each
     z = torch.randn(c.shape, generator=torch.Generator().manual_seed(seed))  # (N, D)
@@ -918,7 +918,7 @@ def augment(speech, faces, rng):
     return speech + (0.1 + 0.1 * spread(1)) * speech.std(1, keepdim=True) * noise, faces
 
 def load_batches(pairs, batches, workers, device):
-    """The batches of these numbers, made ahead by loader processes; faces (B, 3, H, W) in [-1, 1].
+    """The batches of these numbers, by loader processes or by this one; faces in [-1, 1].
     Warns of unreadable files; ends the run where they outnumber the readable by over SPARE."""
     loader = torch.utils.data.DataLoader(pairs, batch_size=None, sampler=batches,
                                          num_workers=workers, pin_memory=device.type == "cuda")
@@ -1283,7 +1283,7 @@ def main(argv=None):
     except OSError as e:
         error = f"{e.filename or 'file'}: {e.strerror or e}"
     except (MemoryError, RuntimeError) as e:
-        if "memory" not in repr(e).lower():  # torch: OutOfMemoryError, but on a CPU RuntimeError
+        if not any(text in repr(e) for text in ("MemoryError", "allocate memory")):  # torch, CPU
             raise
         error = "out of memory, try less at once: smaller sizes, fewer clips or faces"
     except KeyboardInterrupt:
