@@ -695,39 +695,36 @@ def gan_train(cfg):
             c_neg = c_pos[
                 sample_candidates(len(real), 2, rng)[:, 1]
             ]  # c-: (B, D), others' voices
-            fake = train_g(z, c_pos)  # (B, D), (B, D) -> (B, 3, H, W)
-            phi_real, psi_real = train_d(real)  # (B, 3, H, W) -> (B, D), (B,)
-            phi_fake, psi_fake = train_d(fake)
-        g_real = logit(c_pos, phi_real, psi_real)  # g(real, c+), Eq. 2 and 3: (B,)
-        g_fake = logit(c_pos, phi_fake, psi_fake)  # g(fake, c+)
-        match_real, mismatch_real = (
-            inner(c_pos, phi_real),
-            inner(c_neg, phi_real),
-        )  # (B,), (B,)
-        match_fake, mismatch_fake = (
-            inner(c_pos, phi_fake),
-            inner(c_neg, phi_fake),
-        )  # (B,), (B,)
-        if (
-            cfg.loss == "relid"
-        ):  # Eq. 5 in Eq. 6; G's is non-saturating: real and fake swapped
-            loss_d = relid_loss(g_real, g_fake, match_real, mismatch_real)  # ()
-            loss_g = relid_loss(g_fake, g_real, match_fake, mismatch_fake)
-        else:  # Eq. 4 in Eq. 6
-            loss_d, loss_g = rel_loss(g_real, g_fake), rel_loss(g_fake, g_real)
+            fake = train_g(z, c_pos)
+            phi_real, psi_real = train_d(real)
+            phi_fake, psi_fake = train_d(fake.detach())
+        g_real = logit(c_pos, phi_real, psi_real)
+        g_fake = logit(c_pos, phi_fake, psi_fake)
+        match_real = inner(c_pos, phi_real)
+        mismatch_real = inner(c_neg, phi_real)
+        if cfg.loss == "relid":
+            loss_d = relid_loss(g_real, g_fake, match_real, mismatch_real)
+        else:
+            loss_d = rel_loss(g_real, g_fake)
+        penalty = 0.0
+        if run.step % R1_EVERY == 0:
+            penalty = r1_penalty(train_d, real, c_pos) + r1_penalty(
+                train_d, fake, c_pos
+            )
         share = rate_share(run.step, cfg.steps)
-        # G first: D's step overwrites the weights that made D(fake), which serves both [ours].
-        descend(g_optimizer, loss_g, share, keep_graph=True)
-        penalty = (
-            r1_penalty(train_d, real, c_pos)
-            + r1_penalty(train_d, fake, c_pos)  # R1 + R2
-            if run.step % R1_EVERY == 0
-            else 0.0
-        )  # ()
         descend(d_optimizer, loss_d + cfg.gamma / 2 * R1_EVERY * penalty, share)
-        update_ema(
-            [*g_ema.parameters()], [*generator.parameters()], None
-        )  # d ema + (1 - d) g
+
+        with machine.autocast:
+            phi_fake, psi_fake = discriminator(fake)
+        g_fake = logit(c_pos, phi_fake, psi_fake)
+        match_fake = inner(c_pos, phi_fake)
+        mismatch_fake = inner(c_neg, phi_fake)
+        if cfg.loss == "relid":
+            loss_g = relid_loss(g_fake, g_real.detach(), match_fake, mismatch_fake)
+        else:
+            loss_g = rel_loss(g_fake, g_real.detach())
+        descend(g_optimizer, loss_g, share)
+        update_ema([*g_ema.parameters()], [*generator.parameters()], None)
 
         run.log(
             loss_d=loss_d,
