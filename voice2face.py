@@ -397,20 +397,15 @@ class Discriminator(nn.Module):
         super().__init__()
         self.phi, self.weight = copy.deepcopy(face_encoder), weight
         width = face_encoder.head.in_features  # C
-        self.psi = nn.Sequential(
-            nn.Linear(width * (4 * 4 + 1), width),
-            nn.LeakyReLU(0.2),
-            nn.Linear(width, 1, bias=False),
-        )  # a bias would cancel out
+        self.psi = nn.Linear(2 * width, 1)
 
     def forward(self, faces):
-        h = F.relu(self.phi.blocks(faces))  # (B, 3, H, W) -> (B, C, 4, 4)
-        total = h.sum((2, 3))  # (B, C, 4, 4) -> (B, C)
+        total = self.phi.features(faces)  # (B, 3, H, W) -> (B, C)
         phi = scale_normalize(self.phi.head(total), self.phi.scale)  # (B, C) -> (B, D)
         std = (
             (total.var(0, correction=0) + 1e-4).sqrt().expand_as(total)
         )  # (B, C); 1e-4: no kink
-        return self.weight * phi, self.psi(torch.cat([h.flatten(1), std], 1))[
+        return self.weight * phi, self.psi(torch.cat([total, std], 1))[
             :, 0
         ].float()  # (B,)
 
