@@ -213,7 +213,7 @@ class DBlock(nn.Module):
         )  # [SNGAN]
         self.conv1 = nn.Conv2d(channels, hidden, 3, padding=1)
         self.conv2 = nn.Conv2d(hidden, out, 3, padding=1)
-        self.skip = nn.Conv2d(channels, out, 1)
+        self.skip = nn.Conv2d(channels, out, 1) if down else nn.Identity()
 
     def forward(self, x):
         h = self.conv1(
@@ -257,18 +257,6 @@ def init_convs(module):
                 m.weight, math.sqrt(2) if m.kernel_size == (3, 3) else 1
             )
             nn.init.zeros_(m.bias)
-
-
-@torch.no_grad()
-def centre_head(encoder, x):
-    """Set the head so that each of its D outputs has mean 0 and deviation 1 over a batch [ours].
-    A fresh network sends all inputs nearly one way: Eq. 1 would see K equal candidates."""
-    std, mean = torch.std_mean(
-        encoder.head(encoder.features(x)), 0
-    )  # (B, D) -> (D,), (D,)
-    std = std.clamp(min=1e-6)  # of a batch that is all alike
-    encoder.head.weight /= std[:, None]
-    encoder.head.bias.copy_((encoder.head.bias - mean) / std)
 
 
 def sample_candidates(rows, k, generator):
@@ -606,9 +594,6 @@ def match_train(cfg):
     ]  # sinc's, S's first two
     optimizer = torch.optim.SGD(groups, cfg.lr, MOMENTUM)  # [paper §4]
     pairs = PairDataset(corpus["train"], cfg, cfg.batch, cfg.seed, shuffle=True)
-    speech, faces, *_ = next(load_batches(pairs, [0], 0, machine.device))
-    centre_head(speech_encoder, speech)
-    centre_head(face_encoder, faces)
     parts = dict(speech=speech_encoder, face=face_encoder, optimizer=optimizer)
     restore(parts, run.saved, run.last)
     best = run.saved.get("best", -1.0)
