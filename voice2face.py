@@ -187,6 +187,7 @@ class SpeechEncoder(nn.Module):
 
     def features(self, x):
         """(B, T) -> (B, C), what the head reads; L = ceil(T / (160 sinc_stride)) in between."""
+        x = x - x.mean(1, keepdim=True)  # the microphone's offset [ours]
         rms = (
             x.square().mean(1, keepdim=True).sqrt()
         )  # (B, 1): loudness, the microphone's [ours]
