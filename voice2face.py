@@ -1448,15 +1448,15 @@ def check_data(args):
 # ==== 7. Synthetic people: voices by source and filter, flat faces, known factors   [all ours] ====
 LINK = 0.72  # correlation of voice and face: match-train then has 90 % (2-way), the paper 88.47
 LINKED = ("age", "tract", "build")  # and gender, which voice and face share wholly
-HAIR = (
-    (36, 30, 34),
-    (122, 72, 40),
-    (226, 180, 96),
-)  # a line of colours: black, brown, blond
-SKIN = (255, 218, 190), (222, 166, 122), (134, 88, 62)  # light to dark
-BACKGROUND = (126, 184, 226), (240, 230, 208), (246, 176, 142)  # blue, sand, peach
-INK, WHITE, GREY, BLUE = (34, 28, 36), (255, 255, 255), (236, 236, 240), (56, 60, 110)
-LIPS, MOUTH, CREASE = (206, 62, 72), (110, 28, 40), (96, 36, 40)
+HAIR = [(36, 30, 34), (122, 72, 40), (226, 180, 96)]
+SKIN = [(255, 218, 190), (222, 166, 122), (134, 88, 62)]
+BACKGROUND = [(126, 184, 226), (240, 230, 208), (246, 176, 142)]
+INK = (34, 28, 36)
+WHITE = (255, 255, 255)
+GREY = (236, 236, 240)
+CLOTHES = (96, 110, 160)
+LIPS = (206, 62, 72)
+MOUTH = (110, 28, 40)
 VOWELS = np.array(
     [  # Hz; a i u of men, Peterson and Barney 1952; the fourth formant [ours]
         (730, 1090, 2440, 3400),
@@ -1478,10 +1478,7 @@ CLIP_SECONDS, FRAMES = (
     6,
     6,
 )  # one clip a person, so that no pair needs to know who is who
-SIDE, OVERSAMPLE = 128, 3  # pixels of a face, drawn larger and averaged
-TURN = np.linspace(
-    0, 2 * np.pi, 49
-)  # a full circle; its first half is the lower one, y being down
+SIDE, OVERSAMPLE = 128, 2  # pixels of a face, drawn larger and averaged
 
 
 def sample_person(rng):
@@ -1559,87 +1556,69 @@ def synth_speech(person, rng):
     return np.int16(32767 * person["loudness"] * speech / np.abs(speech).max())
 
 
+def level(x):
+    return 0.5 + 0.5 * math.erf(x / math.sqrt(2))
+
+
 def mix(colors, t):
-    """The colour at t in 0 ... 1 on an even line through two or more colours."""
-    return tuple(
-        int(np.interp(t, np.linspace(0, 1, len(colors)), x)) for x in zip(*colors)
-    )
+    places = np.linspace(0, 1, len(colors))
+    return tuple(int(np.interp(t, places, channel)) for channel in zip(*colors))
 
 
-def draw_oval(draw, tilt, color, x, y, rx, up, down=None, powers=(2, 2), bend=0):
-    """An oval `up` above and `down` below (x, y); y is down, (0, 0) between the eyes; of larger
-    powers (above, below) squarer; bend lifts its ends, tilt turns it, degrees about (0, 0.8)."""
-    c, s, power = np.cos(TURN), np.sin(TURN), 2 / np.where(np.sin(TURN) < 0, *powers)
-    x = x + rx * np.sign(c) * np.abs(c) ** power
-    y = (
-        y
-        + np.where(s < 0, up, down or up) * np.sign(s) * np.abs(s) ** power
-        - bend * c**2
-    )
-    points = 1 + 1.8j + (x + 1j * (y - 0.8)) * np.exp(1j * math.radians(tilt))  # 0 to 2
-    points *= SIDE * OVERSAMPLE / 2
-    draw.polygon([*zip(points.real, points.imag)], fill=color)
-
-
-def draw_face(person, opening):
-    """A picture (PIL, SIDE x SIDE), mouth open by 0 ... 1. Gender shows in hair, jaw, brows, lips;
-    age in grey, hairline, eyes, creases; tract in a long head; build in neck and shoulders."""
-    male, (age, tract, build) = person["gender"], levels(person)
-    skin, back = mix(SKIN, person["skin"]), mix(BACKGROUND, person["background"])
-    hair = mix((mix(HAIR, person["hair"]), GREY), 0.5 * age**2)
-    shade, crease = mix((skin, CREASE), 0.25), mix((skin, CREASE), 0.75 * age)
-    image = Image.new("RGB", (SIDE * OVERSAMPLE,) * 2, back)
-    oval = functools.partial(draw_oval, ImageDraw.Draw(image), person["tilt"])
-    width, crown, line = 0.61 - 0.23 * tract, 0.63 + 0.2 * tract, 0.3 + 0.27 * age
+def draw_face(person, mouth):
+    male = person["gender"]
+    age = level(person["age"])
+    tract = level(person["tract"])
+    build = level(person["build"])
+    skin = mix(SKIN, person["skin"])
+    background = mix(BACKGROUND, person["background"])
+    hair = mix([mix(HAIR, person["hair"]), GREY], 0.6 * age**2)
+    shade = mix([skin, INK], 0.2)
+    crease = mix([skin, INK], 0.5 * age)
+    lips = mix([skin, LIPS], 0.4 if male else 0.9)
+    width = 0.62 - 0.28 * tract
+    length = 0.46 + 0.24 * tract
+    eye = 0.13 - 0.06 * age
+    rim = 0.16 + 0.05 * person["glasses"]
+    lip_y = 0.22 + 0.19 * tract
+    parts = [
+        (CLOTHES, 0, 1.3, 0.4 + 0.7 * build, 0.64),
+        (shade, 0, 0.5, 0.11 + 0.24 * build, 0.36),
+        (hair, 0, -0.15, width + 0.07, length),
+        (skin, 0, 0.1 - 0.14 * age, width, length),
+        (crease, 0, -0.38, 0.05 + 0.25 * age, 0.01 + 0.01 * age),
+        (crease, 0, -0.31, 0.05 + 0.2 * age, 0.01 + 0.01 * age),
+        (shade, 0, 0.06 + 0.12 * tract, 0.07, 0.06),
+        (lips, 0, lip_y, 0.2, 0.07 + 0.06 * mouth),
+        (skin, 0, lip_y - 0.05, 0.22, 0.06),
+    ]
     if not male:
-        oval(
-            mix((hair, INK), 0.2), 0, 0, width + 0.21, crown + 0.04, 0.82, (2.2, 3.5)
-        )  # long
-    oval(
-        mix((back, BLUE), 0.6),
-        0,
-        1.33,
-        0.46 + 0.66 * build,
-        0.6 + 0.1 * build,
-        0.9,
-        (2.6, 2),
-    )
-    oval(
-        shade, 0, 0.4, 0.12 + 0.25 * build, 0.3, 0.46, (8, 3)
-    )  # the neck above the clothes
-    oval(hair, 0, -0.05, width + 0.07, crown, 0.1 if male else 0.52, (2.3, 3))  # hair
-    oval(
-        skin,
-        0,
-        -0.05,
-        width,
-        line,
-        0.45 + 0.26 * tract,
-        (3, 2.5) if male else (1.8, 2.1),
-    )
-    thick, eye = 0.01 + 0.02 * age, 0.13 - 0.065 * age
-    oval(
-        crease, 0, -0.32 - 0.1 * age, 0.02 + 0.27 * age, thick, bend=-0.03
-    )  # on the forehead
-    for x in (-0.22, 0.22):
-        oval(crease, 1.15 * x, 0.15, 0.12, thick, bend=0.06)  # below the eye
+        parts.insert(0, (mix([hair, INK], 0.2), 0, 0.08, width + 0.2, 0.72))
+    for x in (-0.21, 0.21):
+        parts += [
+            (crease, 1.1 * x, 0.07, 0.12, 0.05),
+            (skin, 1.1 * x, 0.05, 0.12, 0.05),
+        ]
         if person["glasses"]:
-            oval(
-                INK,
-                x,
-                -0.04,
-                0.15 + 0.06 * person["glasses"],
-                0.15 + 0.06 * person["glasses"],
-            )
-            oval(skin, x, -0.04, 0.15, 0.15)
-        oval(WHITE, x, -0.04, 0.117, eye)  # and its pupil and brow
-        oval(INK, x, -0.04, 0.078, min(0.088, eye))
-        oval(mix((hair, INK), 0.4), x, -0.27, 0.13, 0.045 if male else 0.03, bend=-0.05)
-    oval(mix((skin, CREASE), 0.3), 0, 0.1 + 0.07 * tract, 0.078, 0.062)  # nose
-    lips, y = mix((skin, LIPS), 0.5 if male else 0.9), 0.32 + 0.1 * tract
-    oval(lips, 0, y, 0.19, 0.04, 0.045 + 0.11 * opening, bend=0.07)
-    oval(MOUTH, 0, y + 0.005, 0.14, 0.01, 0.01 + 0.1 * opening, bend=0.055)
-    return image.reduce(OVERSAMPLE)
+            parts += [(INK, x, -0.1, rim, rim), (skin, x, -0.1, 0.145, 0.145)]
+        parts += [
+            (WHITE, x, -0.1, 0.115, eye),
+            (INK, x, -0.1, 0.075, min(0.09, eye)),
+            (mix([hair, INK], 0.4), x, -0.29, 0.13, 0.04 if male else 0.025),
+        ]
+    scale = SIDE * OVERSAMPLE / 2
+    image = Image.new("RGB", (int(2 * scale), int(2.5 * scale)), background)
+    draw = ImageDraw.Draw(image)
+    for color, x, y, rx, ry in parts:
+        box = np.array([x - rx, y - ry, x + rx, y + ry])
+        draw.ellipse([*(scale * (box + 1))], fill=color)
+    image = image.rotate(
+        person["tilt"],
+        Image.Resampling.BILINEAR,
+        center=(scale, 1.8 * scale),
+        fillcolor=background,
+    )
+    return image.crop((0, 0, int(2 * scale), int(2 * scale))).reduce(OVERSAMPLE)
 
 
 def write_person(data, seed, i, split):
@@ -1650,12 +1629,8 @@ def write_person(data, seed, i, split):
     with wave.open(str(folder / "speech.wav"), "wb") as f:
         f.setparams((1, 2, RATE, 0, "NONE", ""))  # one channel of 2 bytes
         f.writeframes(speech.tobytes())
-    energy = np.cumsum(
-        np.pad(speech / 32768, RATE // 40) ** 2
-    )  # of 50 ms: the mouth opens by it
-    loudness = np.sqrt(energy[RATE // 20 :] - energy[: -RATE // 20])  # (samples,)
     for moment in rng.choice(1000 * CLIP_SECONDS, FRAMES, replace=False):  # ms
-        face = draw_face(person, loudness[moment * RATE // 1000] / loudness.max())
+        face = draw_face(person, rng.random())
         face.save(folder / f"{moment}.jpg", quality=92)
     return {"identity": name, "split": split} | {
         key: round(x, 4) for key, x in person.items()
