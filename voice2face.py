@@ -735,7 +735,7 @@ def k_way(speech, faces, genders, seed):
     score.
     """
     rng = torch.Generator().manual_seed(seed)
-    alike = [np.flatnonzero(genders == gender) for gender in set(genders) - {""}]
+    alike = [np.flatnonzero(genders == gender) for gender in sorted({*genders} - {""})]
     scores = {}
     for suffix, groups in (("", [np.arange(len(genders))]), ("/gender", alike)):
         for direction, k in itertools.product(DIRECTIONS, (2, 10)):
@@ -806,9 +806,7 @@ def score_faces(found, kind, genders, seed):
     if kind == "real":
         return scores
     scores["preferred"] = preferred(c, faces, F.normalize(found["real"]))
-    if (
-        kind == "other"
-    ):  # how often F prefers the faces of this generator to the other's
+    if kind == "other":  # QTA 2's second experiment: ours against the other's
         scores["preferred"] = preferred(c, F.normalize(found["generated"]), faces)
     for couples, (cd_c, cd_faces) in cosine_distances(c, faces, genders, seed).items():
         scores[f"qta1/{couples}/c"] = cd_c.mean().item()
@@ -959,6 +957,7 @@ def control_scores(model, corpus, labels, noises=16):
 # ==== 5. Figures 2 to 6, reports, faces for any recording =============================
 
 KINDS = ("generated", "real", "ideal", "other", "oracle", "paper")  # of a report
+CONTROL = ("c", "z", "voice", "probe", "spread", "spread/real", "right")
 PAPER_RESULTS = {  # of other people, hence not comparable [paper §4]
     "f-v/2": "generated 95.14, real 88.47",
     "preferred": "76.65; Eq. 5 to Eq. 4 79.68",
@@ -1055,7 +1054,10 @@ def made(model, z, c):
 
 
 def markdown(columns, rows):
-    """A table in Markdown of rows {name: {column: text}}."""
+    """A table in Markdown of rows {name: {column: text}}, without empty columns."""
+    columns = [name for name in columns if any(name in row for row in rows.values())]
+    if not columns:
+        return ""
     text = f"| | {' | '.join(columns)} |\n{'|---' * (len(columns) + 1)}|\n"
     for name, cells in rows.items():
         texts = [cells.get(column, "") for column in columns]
@@ -1081,17 +1083,17 @@ def make_tables(metrics):
         elif kind in KINDS:
             scores[name][kind] = text
         else:
-            scores[key] |= {bare: text, "paper": PAPER_RESULTS.get(key, "")}
-    what = ("c", "z", "voice", "probe", "spread", "spread/real")
-    return markdown(KINDS, scores) + (markdown(what, control) if control else "")
+            scores[key][bare] = text
+            if key in PAPER_RESULTS:
+                scores[key]["paper"] = PAPER_RESULTS[key]
+    return markdown(KINDS, scores) + markdown(CONTROL, control)
 
 
-def report(model, split, cfg, judge=None, other=None, control=None):
+def report(model, split, cfg, judge=None, other=None, control=()):
     """Test; write OUT/metrics.json; print and return the scores as tables."""
     labels = read_labels(split.folder.parent)
-    metrics = evaluate(model, split, cfg, cfg.runs, labels, judge, other) | (
-        control or {}
-    )
+    metrics = evaluate(model, split, cfg, cfg.runs, labels, judge, other)
+    metrics |= control
     path = make_folder(cfg.out) / "metrics.json"
     path.write_text(json.dumps(metrics, indent=1) + "\n")
     text = "{data}/{split}: {people} people, {left_out} left out; {runs} runs, ± std"
@@ -1115,14 +1117,13 @@ def gan_test(args):
     other = load_model(args.other, "gan-train", device) if args.other else None
     corpus = open_corpus(args.data, {"test": 2})
     labels = read_labels(args.data)
-    control = None
+    control = {}
     if has_factors(labels, corpus["test"].names):
         corpus |= open_corpus(args.data, {"train": 2})
         control = control_scores(model, corpus, labels)
     out = make_folder(args.out)
-    page = f"# {args.gan}\n\n" + report(
-        model, corpus["test"], args, judge, other, control
-    )
+    tables = report(model, corpus["test"], args, judge, other, control)
+    page = f"# {args.gan}\n\n{tables}"
     plot_figures(model, corpus["test"], out, args.seed)
     for number in range(2, 7):
         page += f"![Figure {number}](fig{number}.png)\n\n"
@@ -1142,9 +1143,8 @@ def generate(args):
         speech = load_speech(path, SPEECH_SECONDS, rng)  # (T,)
         c = model.speech_encoder(torch.from_numpy(speech)[None].to(device))  # (1, D)
         seed = args.seed if as_grid else args.seed + i  # in a grid one z a column
-        z = torch.randn(
-            args.n, EMBED_DIM, generator=torch.Generator().manual_seed(seed)
-        )
+        noise = torch.Generator().manual_seed(seed)
+        z = torch.randn(args.n, EMBED_DIM, generator=noise)  # (n, D)
         faces = in_chunks(model.generator, z.to(device), c.expand(args.n, -1))
         rows.append((path, faces))
         for k, face in enumerate(faces, start=1):
@@ -1188,9 +1188,7 @@ def open_corpus(data, least):
             )
         names = [e.name for e in os.scandir(folder) if e.is_dir() and e.name[0] != "."]
         if len(names) < count:
-            raise UserError(
-                f"{folder}: {len(names)} identities, at least {count} needed"
-            )
+            raise UserError(f"{folder}: {len(names)} identities, {count} are needed")
         for other in corpus.values():
             for name in np.intersect1d(names, other.names):
                 raise UserError(f"{folder / name}: is in another split, too")
@@ -1307,9 +1305,7 @@ def load_speech(path, seconds=None, rng=None, moment=None):
         x = sample_window(x, rate, seconds, moment, rng)
     least = min(MIN_SPEECH, seconds or MIN_SPEECH)
     if len(x) < least * rate:
-        raise UserError(
-            f"{path}: under {least} s of speech, in all or beside its image"
-        )
+        raise UserError(f"{path}: under {least} s of speech, or beside its image")
     sound = [part.std() > SILENCE for part in np.array_split(x, 50)]
     if np.mean(sound) < MIN_SOUND:
         raise UserError(f"{path}: silent")
@@ -1333,9 +1329,7 @@ def load_face(path, size):
             image = Image.alpha_composite(white, image.convert("RGBA"))
         image = image.convert("RGB")
     if min(image.size) < MIN_SIDE:
-        raise UserError(
-            f"{path}: {image.size} pixels, at least {MIN_SIDE} a side needed"
-        )
+        raise UserError(f"{path}: {image.size} pixels, {MIN_SIDE} a side are needed")
     face = crop_square(image, size)
     if (face == face[0, 0]).all():
         raise UserError(f"{path}: of one colour")
@@ -1527,7 +1521,11 @@ FACTORS = ("gender", *LINKED, "glasses", "hair", "skin", "background", "tilt")
 IDENTITIES = 2400  # of the default corpus
 CLIP_SECONDS = 6
 CLIP_IMAGES = 6
-FORMANTS = (500, 1500, 2500, 3500)  # Hz, the resonances of a neutral vocal tract
+VOWELS = (
+    np.array(  # Hz, formants of a, i, u: Peterson and Barney 1952; the fourth [ours]
+        [(730, 1090, 2440, 3400), (270, 2290, 3010, 3600), (300, 870, 2240, 3300)]
+    )
+)
 SIDE = 128  # pixels of a face
 HAIR = [(36, 30, 34), (226, 180, 96)]  # from dark to fair
 SKIN = [(255, 218, 190), (134, 88, 62)]  # from light to dark
@@ -1571,7 +1569,7 @@ def synth_speech(voice, rng):
     """A clip of speech, int16 (samples,): a source through a mouth's resonances.
 
     Gender sets the pitch. With age it falls and breath joins. A long tract lowers the
-    resonances, a sturdy build adds bass.
+    resonances, a sturdy build adds bass. One syllable in seven is a pause.
     """
     age = level(voice["voice_age"])
     tract = level(voice["voice_tract"])
@@ -1579,23 +1577,32 @@ def synth_speech(voice, rng):
     t = np.arange(CLIP_SECONDS * SAMPLE_RATE) / SAMPLE_RATE  # (samples,), s
     count = int(2 * CLIP_SECONDS * voice["tempo"])  # syllables, more than fit
     starts = np.cumsum(rng.uniform(0.7, 1.3, count)) / voice["tempo"]  # s
-    syllable = np.interp(t, starts, np.arange(count))  # 1.5 is the middle of the second
+    position = np.interp(t, starts, np.arange(count))  # 1.5 is the middle of syllable 1
+    syllable = position.astype(int)
     melody = np.interp(t, starts, rng.normal(size=count))
+    stress = rng.uniform(0.5, 1, count) * (rng.random(count) > 1 / 7)
+    swell = stress[syllable] * np.sin(np.pi * position) ** 2  # 0 between syllables
+
     pitch = 115 if voice["gender"] else 220  # Hz
     pitch = pitch * np.exp(voice["pitch"] - 0.3 * age + 0.1 * melody)
     periods = np.floor(np.cumsum(pitch) / SAMPLE_RATE)
     pulses = np.diff(periods, prepend=0)
     breath = (0.04 + 0.5 * age) * np.diff(rng.normal(size=len(t)), prepend=0)
-
     f = np.fft.rfftfreq(len(t), 1 / SAMPLE_RATE)  # Hz
-    spectrum = np.fft.rfft(pulses / np.sqrt(pitch))
-    spectrum *= f / (f + 200) / (1 + 1j * f / 700)  # lips, throat
-    spectrum *= np.exp(4 * (build - 0.5) / (1 + (f / 400) ** 4))  # up to 17 dB of bass
-    for formant in FORMANTS:
-        r = formant * (1.35 - 0.7 * tract)
-        spectrum *= r**2 / (r**2 - f**2 + 80j * f)  # 80 Hz wide
-    speech = np.fft.irfft(spectrum)
-    speech = np.sin(np.pi * syllable) ** 2 * (speech / speech.std() + breath)
+    source = np.fft.rfft(pulses / np.sqrt(pitch))
+    source *= f / (f + 200) / (1 + 1j * f / 700)  # lips, throat
+    source *= np.exp(4 * (build - 0.5) / (1 + (f / 400) ** 4))  # up to 17 dB of bass
+
+    formants = (VOWELS + 2 * VOWELS.mean(0)) / 3  # fluent speech stays near the mean
+    formants *= 1.35 - 0.7 * tract
+    vowel = rng.integers(len(VOWELS), size=count)[syllable]
+    speech = np.zeros(len(t))
+    for i, resonances in enumerate(formants):
+        spectrum = source
+        for r in resonances:  # each 80 Hz wide
+            spectrum = spectrum * (r**2 / (r**2 - f**2 + 80j * f))
+        speech += (vowel == i) * np.fft.irfft(spectrum)
+    speech = swell * (speech / speech.std() + breath)
     return np.int16(32767 * voice["loudness"] * speech / np.abs(speech).max())
 
 
@@ -1736,7 +1743,9 @@ def find_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"  # under torchrun one for each
+        name = (
+            f"cuda:{os.environ.get('LOCAL_RANK', '0')}"  # under torchrun one for each
+        )
     with explain(f"--device {name}: not here, use cpu or auto"):
         return torch.zeros(1, device=name).device
 
