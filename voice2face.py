@@ -16,38 +16,45 @@ The idea
     discriminator D starts from F, so it knows from its first step who fits whom.
 
 The file
-    1 Inference, 2 Generation and 3 Training are the method, in the paper's order. 4
-    Evaluation, 5 Figures and reports, 6 Data, 7 Synthetic people (the default corpus),
-    8 Plumbing and 9 Command line serve it. Section 3 uses from them `validate` (4),
-    `report` (5) and `Run` (8), which holds device, corpus, batches, log and
-    checkpoints.
+    1 Inference, 2 Generation and 3 Training are the method, in the paper's order.
+    4 Evaluation, 5 Figures and reports, 6 Data, 7 Synthetic people (the default
+    corpus), 8 Plumbing and 9 Command line serve it. Section 3 uses from them
+    `validate` (4), `report` and `plot_figures` (5), `load_model` and `Run` (8), which
+    holds device, corpus, batches, log and checkpoints.
 
 Symbols
-    paper   here                 shape         meaning s       speech               (B,
-    T)        waveforms, 16 kHz, in [-1, 1] f       faces, real, fake    (B, 3, H, W)
-    images, RGB, in [-1, 1] se, fe  speech_emb, face_emb (B, D)        embeddings
-    S(speech), F(faces) c+, c-  c_pos, c_neg         (B, D)        S of the face's own
-    voice, of another one z       z                    (B, D)        Gaussian noise phi
-    phi                  (B, D)        face embeddings by D's copy of F psi     psi
-    (B,)          how real D finds a face, without the voice V-F     "v-f"
-    pick a face for a voice; F-V: the reverse Dimensions: B batch, K candidates (1
-    positive, K - 1 negatives), T samples, L frames, C channels, H W height and width, M
-    filter taps or pixels, D = 128 embedding, N identities of a test, P people, E
-    factors, V voices, Z noises per voice.
+    paper   here                  shape         meaning
+    s       speech                (B, T)        waveforms, 16 kHz, in [-1, 1]
+    f       faces, real, fake     (B, 3, H, W)  images, RGB, in [-1, 1]
+    se, fe  speech_emb, face_emb  (B, D)        embeddings S(speech), F(faces)
+    c+, c-  c_pos, c_neg          (B, D)        S of the face's own voice, of another
+    z       z                     (B, D)        Gaussian noise
+    phi     phi                   (B, D)        face embeddings by D's copy of F
+    psi     psi                   (B,)          how real D finds a face, voice unheard
+    V-F     "v-f"                               pick a face for a voice; F-V: reverse
+
+    Dimensions: B batch, K candidates (1 positive, K - 1 negatives), T samples,
+    L frames, C channels, H W height and width, M filter taps or pixels, D = 128
+    embedding, N identities of a test, n rows of any number, R faces of a gallery,
+    P people, E factors, V voices, Z noises per voice. In code F is also
+    torch.nn.functional.
 
 Sources
-    Every number names its source: [paper §x]; [PASE] Pascual et al. 2019; [SincNet]
+    The method's numbers name their source: [paper §x]; [PASE] Pascual et al. 2019; [SincNet]
     Ravanelli and Bengio 2018; [SNGAN] Miyato and Koyama 2018; [StyleGAN], [StyleGAN2]
     Karras et al. 2019, 2020; [R1] Mescheder et al. 2018; or it is [ours].
 
-Where this differs from the paper, and why (the README's table has figures and edits)
+Where this differs from the paper (the README's table has edits and measured effects)
     - All embeddings have one length: the direction that was not trained matches better.
-    - The waveform's offset and loudness are divided out: they are the microphone's.
+    - The waveform's offset is subtracted, its loudness divided out: the microphone's.
     - A clip's negatives are other clips of its batch, so each clip is encoded once.
+    - Images are flipped at random in training; the pair that validates best is kept.
     - AdaIN's style is [z, c] with c of length 1: else z loses background and glasses.
-    - psi also sees the batch's standard deviation [StyleGAN2]: backgrounds of one tone.
-    - G convolves before it up-samples, bilinearly: half the time, fewer stripes.
-    - F has no spectral norm [SNGAN]: R1 restrains D.
+    - psi reads the features under phi(f), and their std over the batch [StyleGAN2].
+    - G convolves before it up-samples, bilinearly: SNGAN's order costs 1.5 times G's time.
+    - F has no spectral norm [SNGAN]: R1 restrains D. R1 is lazy [StyleGAN2].
+    - S is frozen in stage two; a running average of G's weights is what is tested.
+    - Runs of a test draw windows, images and z anew, not the negatives alone.
     - Our text of the paper lacks its appendices and Eq. 1 and 3 to 6: sizes come from
       the cited sources and the losses from the prose (see `relid_loss`).
     - The preset `small`, for two CPU cores: 1.5 s of speech, 64x64 pixels, a sinc layer
@@ -83,28 +90,27 @@ from torch.nn import functional as F
 
 SAMPLE_RATE = 16000  # samples per second of every waveform [PASE]
 EMBED_DIM = 128  # D [paper §3.2]
-SILENCE = 1e-4  # std of samples in [-1, 1] below which nothing can be heard [ours]
+SILENCE = 1e-4  # std of samples in [-1, 1] that counts as silence [ours]
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend: reported in one line, with exit code 2."""
+    """A mistake that the user can fix: reported in one line, with exit code 2."""
 
 
 @contextlib.contextmanager
 def explain(problem):
-    """Turn an exception inside into a UserError: the problem, then its reason."""
+    """Turn an exception inside into a UserError: the problem, then the exception."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{problem}: {type(error).__name__}: {reason}") from error
+        raise UserError(f"{problem}: {error!r}") from error
 
 
 # ==== 1. Inference: two encoders and the K-way loss [paper §3.1] ======================
 
-# PASE's layers after its first: kernel, stride, channels in units of the sinc filters.
+# PASE's layers after its first: kernel, stride, channels / width.
 PASE_LAYERS = (  # [PASE]; the strides multiply to 160, so 6 s give 600 frames
     (20, 10, 1),
     (11, 2, 2),
@@ -207,7 +213,7 @@ class SpeechEncoder(nn.Module):
         self.head = nn.Linear(channels, EMBED_DIM)
 
     def forward(self, speech):
-        offset = speech.mean(1, keepdim=True)  # (B, 1), the microphone's
+        offset = speech.mean(1, keepdim=True)  # (B, 1), the microphone's DC offset
         x = speech - offset  # (B, T)
         loudness = x.square().mean(1, keepdim=True).sqrt()  # (B, 1)
         x = x / (loudness + SILENCE)  # SILENCE avoids 0/0
@@ -309,7 +315,7 @@ def match_logits(speech_emb, face_emb, candidates, direction):
 
 
 def match_loss(logits):
-    """Eq. 1: E -log p(f_0 | s), p(f_j | s) = softmax_j <S(s), F(f_j)>; (B, K) -> ()."""
+    """Cross-entropy of Eq. 1, p(f_j | s) = softmax_j <S(s), F(f_j)>, at j = 0; ()."""
     positive = torch.zeros(len(logits), dtype=torch.long, device=logits.device)  # (B,)
     return F.cross_entropy(logits, positive)
 
@@ -332,8 +338,8 @@ class AdaIN(nn.Module):
         AdaIN(x, y) = (1 + scale(y)) (x - mean(x)) / std(x) + shift(y)
 
     mean and std are over H and W; scale and shift are linear in the style y = [z, c].
-    Were it c alone, z could set no colour: normalisation removes the means of all below
-    [ours].
+    Normalisation removes each channel's mean, and so any colour that z set in an earlier
+    layer: the style holds z as well as c [ours].
     """
 
     def __init__(self, channels):
@@ -382,8 +388,8 @@ class Generator(nn.Module):
 
     A linear map of [z, c] to 4x4 positions, blocks that double the side, tanh [SNGAN];
     AdaIN in each layer [paper §3.2]. [SNGAN] has size 128 and width 64. c is scaled to
-    length 1: it varies in few directions, in each then about as much as z in one of its
-    128 [ours].
+    length 1 [ours]: its variance lies in few directions, each of which then varies about
+    as much as one coordinate of z.
     """
 
     def __init__(self, size=128, width=64):
@@ -462,7 +468,7 @@ def relid_loss(g_real, g_fake, match, mismatch):
 
 
 def r1_penalty(discriminator, real, c):
-    """R1 without its factor gamma/2: E |grad_f g(f, c)|^2 on real faces, -> () [R1]."""
+    """R1 without gamma/2: E |grad_f of the batch's summed g(f, c)|^2, real f; () [R1]."""
     real = real.detach().requires_grad_(True)
     phi, psi = discriminator(real)
     total = logit(c, phi, psi).sum()
@@ -562,6 +568,8 @@ def match_train(cfg):
     """Train S and F on Eq. 1, without labels; test the pair that validated best."""
     if not 2 <= cfg.k <= cfg.batch:
         raise UserError(f"--k {cfg.k}: must be at least 2, at most --batch {cfg.batch}")
+    if cfg.seconds < 0.25:
+        raise UserError(f"--seconds {cfg.seconds}: must be at least 0.25")
     run = Run(cfg)
     speech_encoder, face_encoder = make_encoders(cfg, run.device)
     encoders = {"speech": speech_encoder, "face": face_encoder}
@@ -592,6 +600,8 @@ def match_train(cfg):
             speech_encoder.train()
             face_encoder.train()
             score = metrics.get(f"{cfg.direction}/10", metrics[f"{cfg.direction}/2"])
+            if score is None:
+                raise UserError(f"step {step}: the run diverged; try a lower --lr")
             if score > best:
                 best = score
                 run.save("best.pt", encoders, step)
@@ -602,18 +612,19 @@ def match_train(cfg):
         report(best_model, run.corpus["test"], cfg)
 
 
-def gan_loss(kind, c_pos, c_neg, first, second):
-    """Eq. 6 of phi (B, D) and psi (B,) of two batches of faces, -> ().
+def gan_loss(kind, c_pos, c_neg, winner, loser):
+    """Eq. 6 of (phi (B, D), psi (B,)) of two batches of faces, -> ().
 
-    D's loss has real faces first, G's has generated ones first: the non-saturating
-    form. kind "relid" is Eq. 5, "rel" is Eq. 4.
+    It pushes the scores of the winner's faces above those of the loser's. For D the real
+    faces win, for G the generated ones: the non-saturating form. kind "relid" is Eq. 5,
+    "rel" is Eq. 4.
     """
-    phi, _ = first
-    g_first = logit(c_pos, *first)  # (B,)
-    g_second = logit(c_pos, *second)  # (B,)
+    phi, _ = winner
+    g_winner = logit(c_pos, *winner)  # (B,)
+    g_loser = logit(c_pos, *loser)  # (B,)
     if kind == "rel":
-        return rel_loss(g_first, g_second)
-    return relid_loss(g_first, g_second, inner(c_pos, phi), inner(c_neg, phi))
+        return rel_loss(g_winner, g_loser)
+    return relid_loss(g_winner, g_loser, inner(c_pos, phi), inner(c_neg, phi))
 
 
 def make_adam(network, lr, steps):
@@ -632,6 +643,8 @@ def update_average(average, network, decay):
 
 def gan_train(cfg):
     """Train G and D [paper §3.2]; test with the running average of G's weights."""
+    if cfg.batch < 2:
+        raise UserError("--batch 1: must be at least 2, for c- is of another identity")
     run = Run(cfg)
     match = load_model(cfg.match, "match-train", run.device)
     generator = Generator(match.cfg.size, cfg.width).to(run.device)
@@ -666,8 +679,9 @@ def gan_train(cfg):
         d_optimizer.step()
         d_schedule.step()
 
-        d_real = [x.detach() for x in d_real]  # anew it would cost 8 % of a step
-        d_fake = discriminator(fake)  # by the D that has just learned
+        # Real scores are those from before D's step; anew they would cost 8 % of a step.
+        d_real = [x.detach() for x in d_real]
+        d_fake = discriminator(fake)  # by D after its step
         loss_g = gan_loss(cfg.loss, c_pos, c_neg, d_fake, d_real)
         g_optimizer.zero_grad()
         loss_g.backward(inputs=list(generator.parameters()))  # no gradients for D
@@ -768,9 +782,10 @@ def cosine_distances(c, faces, genders, seed):
     cd_c = 1 - F.cosine_similarity(c, c[other])  # (N, D) -> (N,)
     cd_faces = 1 - F.cosine_similarity(faces, faces[other])  # (N, D) -> (N,)
     same = genders == genders[other]  # (N,)
-    couples = {"all": same | True}
-    if all(genders):
-        couples |= {"different": ~same, "same": same}
+    known = (genders != "") & (genders[other] != "")  # (N,)
+    couples = {"all": np.full(len(c), True)}
+    if known.any():
+        couples |= {"different": known & ~same, "same": known & same}
     return {name: (cd_c[rows], cd_faces[rows]) for name, rows in couples.items()}
 
 
@@ -780,9 +795,9 @@ def pearson(x, y):
 
 
 def recall(name, distances):
-    """{name/k: R@k in percent} of distances (G, G); face i is that of query i."""
-    own = distances.diagonal()[:, None]  # (G, 1)
-    rank = (distances <= own).sum(1)  # (G, G) -> (G,); 1 is the nearest, 0 means NaN
+    """{name/k: R@k in percent} of distances (R, R); face i is that of query i."""
+    own = distances.diagonal()[:, None]  # (R, 1)
+    rank = (distances <= own).sum(1)  # (R, R) -> (R,); 1 is the nearest, 0 means NaN
     return {f"{name}/{k}": percent((1 <= rank) & (rank <= k)) for k in (1, 2, 5, 10)}
 
 
@@ -790,11 +805,11 @@ def table_3(queries, gallery, seed):
     """QTA 3, Table 3: recall by three distances in a random gallery; (N, D)."""
     rng = torch.Generator().manual_seed(seed)
     rows = torch.randperm(len(gallery), generator=rng)[:GALLERY]
-    queries = queries[rows]  # (G, D)
-    gallery = gallery[rows]  # (G, D)
+    queries = queries[rows]  # (R, D)
+    gallery = gallery[rows]  # (R, D)
     scores = recall("retrieval/L1", torch.cdist(queries, gallery, p=1.0))
     scores |= recall("retrieval/L2", torch.cdist(queries, gallery))
-    cosine = F.normalize(queries) @ F.normalize(gallery).T  # (G, G)
+    cosine = F.normalize(queries) @ F.normalize(gallery).T  # (R, R)
     return scores | recall("retrieval/cosine", -cosine)
 
 
@@ -805,9 +820,10 @@ def score_faces(found, kind, genders, seed):
     scores = k_way(c, faces, genders, seed)
     if kind == "real":
         return scores
-    scores["preferred"] = preferred(c, faces, F.normalize(found["real"]))
     if kind == "other":  # QTA 2's second experiment: ours against the other's
         scores["preferred"] = preferred(c, F.normalize(found["generated"]), faces)
+    else:
+        scores["preferred"] = preferred(c, faces, F.normalize(found["real"]))
     for couples, (cd_c, cd_faces) in cosine_distances(c, faces, genders, seed).items():
         scores[f"qta1/{couples}/c"] = cd_c.mean().item()
         scores[f"qta1/{couples}/face"] = cd_faces.mean().item()
@@ -816,7 +832,7 @@ def score_faces(found, kind, genders, seed):
 
 
 def oracle_scores(people, genders, seed):
-    """The scores of embeddings that no encoder beats, but by chance.
+    """The scores of an observer who knows every factor: no encoder beats them.
 
     For standard normals v, f of correlation r the best score for Eq. 1 is
 
@@ -856,8 +872,9 @@ def evaluate(model, split, cfg, runs, labels, judge=None, other=None):
         people = [labels.get(name, {}) for name in names]
         genders = np.array([gender_of(row) for row in people])
         tests = {}
-        for kind in found.keys() - {"speech"}:
-            tests[kind] = score_faces(found, kind, genders, seed)
+        for kind in found:
+            if kind != "speech":
+                tests[kind] = score_faces(found, kind, genders, seed)
         if known:
             tests["oracle"] = oracle_scores(people, genders, seed)
         for kind, scores in tests.items():
@@ -880,7 +897,7 @@ def rounded(x):
 
 def validate(model, run, step, runs):
     """Test at most --val-clips people of the validation split; print main scores."""
-    split = subsample(run.corpus["val"], run.cfg.val_clips)
+    split = subsample(run.corpus["val"], max(2, run.cfg.val_clips))
     model.speech_encoder.eval()
     model.face_encoder.eval()
     metrics = evaluate(model, split, run.cfg, runs, labels={})
@@ -1001,15 +1018,17 @@ def plot_scatter(path, panels, side=300, margin=40):
         for tick in (0, 1, 2):
             draw.text((left + tick * side / 2 - 3, bottom + 6), str(tick), "black")
             draw.text((left - 14, bottom - tick * side / 2 - 6), str(tick), "black")
-        for point in zip(left + x * side / 2, bottom - y * side / 2):
-            draw.circle(point, 2, fill="steelblue")
+        for a, b in zip(left + x * side / 2, bottom - y * side / 2):
+            draw.ellipse((a - 2, b - 2, a + 2, b + 2), fill="steelblue")
     sheet.save(path)
 
 
 def sample_batch(split, model, count, seed=0):
     """A pair each of `count` people: speech (N, T), faces (N, 3, H, W), names."""
     pairs = PairDataset(subsample(split, count), model.cfg, count, seed)
-    return next(load_batches(pairs, [0], 0, model.device))
+    for batch in load_batches(pairs, [0], 0, model.device):
+        return batch
+    raise UserError(f"{split.folder}: nobody can be read (run check-data)")
 
 
 def in_chunks(network, *inputs):
@@ -1115,11 +1134,14 @@ def gan_test(args):
     model = load_model(args.gan, "gan-train", device)
     judge = load_model(args.judge, "match-train", device) if args.judge else None
     other = load_model(args.other, "gan-train", device) if args.other else None
+    for checkpoint in (judge, other):
+        if checkpoint and checkpoint.cfg.size != model.cfg.size:
+            raise UserError("--judge, --other: must have the --size of --gan")
     corpus = open_corpus(args.data, {"test": 2})
     labels = read_labels(args.data)
     control = {}
-    if has_factors(labels, corpus["test"].names):
-        corpus |= open_corpus(args.data, {"train": 2})
+    if has_factors(labels, labels):
+        corpus = open_corpus(args.data, {"train": 2, "test": 2})
         control = control_scores(model, corpus, labels)
     out = make_folder(args.out)
     tables = report(model, corpus["test"], args, judge, other, control)
@@ -1166,10 +1188,12 @@ IMAGE_ENDINGS = (".jpg", ".jpeg", ".png")
 SPEECH_SECONDS = 6.0  # in tests and for generation [paper §4]
 TIME_GUARD = 0.3  # s between an image's moment and its speech [ours]
 MIN_SPEECH = 0.5  # s; less speech is a fault [ours]
+MIN_RATE = 4000  # samples per second; less is a fault [ours]
 MIN_SOUND = 0.1  # share of the speech that must not be silent [ours]
 MIN_SIDE = 32  # pixels; a smaller face is a fault [ours]
 LOADER_TIMEOUT = 120  # s without a batch: a loader process is dead [ours]
-GENDERS = {"m": "male", "1": "male", "f": "female", "w": "female", "0": "female"}
+GENDERS = {"m": "male", "male": "male", "1": "male"}
+GENDERS |= {"f": "female", "female": "female", "w": "female", "0": "female"}
 
 # A part of a corpus: its folder and the names (P,) of its identities.
 Split = namedtuple("Split", "folder names")
@@ -1212,7 +1236,7 @@ def read_labels(data):
     with explain(f"{path}: must be CSV in UTF-8 with a column 'identity'"):
         header, *rows = csv.reader(path.read_text("utf-8-sig").splitlines())
         columns = [column.strip().lower() for column in header]
-        for cells in rows:
+        for cells in filter(any, rows):  # not empty lines
             row = dict(zip(columns, map(str.strip, cells)))
             name = row["identity"]
             if labels.setdefault(name, row) != row:
@@ -1222,7 +1246,7 @@ def read_labels(data):
 
 def gender_of(row):
     """The gender in a row of labels.csv: "male", "female", or "" if neither."""
-    return GENDERS.get(row.get("gender", "")[:1].lower(), "")
+    return GENDERS.get(row.get("gender", "").lower(), "")
 
 
 def list_clips(identity):
@@ -1260,7 +1284,11 @@ def read_audio(path):
                 if header.getsampwidth() != 2:
                     raise wave.Error("not 16-bit")
                 channels = header.getnchannels()
-                raw = file.read()  # all that follows, as a header's length may be wrong
+                raw = file.read()  # all that follows: the header's length may be wrong
+                file.seek(4)
+                end = 8 + int.from_bytes(file.read(4), "little")
+                if end == os.path.getsize(path):  # it is right
+                    raw = raw[: 2 * channels * header.getnframes()]
             frames = len(raw) // (2 * channels)
             x = np.frombuffer(raw, "<i2", frames * channels).reshape(frames, channels)
             return x.mean(1, dtype=np.float32) / 32768, header.getframerate()
@@ -1299,13 +1327,15 @@ def load_speech(path, seconds=None, rng=None, moment=None):
     there is too little speech, or hardly a sound in it.
     """
     x, rate = read_audio(path)
+    if rate < MIN_RATE:
+        raise UserError(f"{path}: {rate} samples per second, {MIN_RATE} are needed")
     if moment is not None and moment > len(x) / rate:
         raise UserError(f"{path}: ends before its image's time of {moment} s")
     if seconds:
         x = sample_window(x, rate, seconds, moment, rng)
     least = min(MIN_SPEECH, seconds or MIN_SPEECH)
     if len(x) < least * rate:
-        raise UserError(f"{path}: under {least} s of speech, or beside its image")
+        raise UserError(f"{path}: under {least} s of speech away from its image")
     sound = [part.std() > SILENCE for part in np.array_split(x, 50)]
     if np.mean(sound) < MIN_SOUND:
         raise UserError(f"{path}: silent")
@@ -1389,18 +1419,18 @@ class PairDataset:
         Where that clip has no image, as in VoxCeleb with VGGFace, any of the identity.
         """
         clips = list_clips(self.split.folder / name)
-        pairs = [(recording, clip) for clip in clips for recording in clip[0]]
-        recording, (recordings, images) = pick(pairs, rng)
+        pairs = [(file, files, images) for files, images in clips for file in files]
+        recording, recordings, images = pick(pairs, rng)
         moment = None
         if images:
             image = pick(images, rng)
             if len(recordings) == 1:
                 moment = image_time(image)
         else:
-            image = pick([image for _, images in clips for image in images], rng)
+            image = pick([image for _, others in clips for image in others], rng)
         face = load_face(image, self.size)
         if self.training and rng.random() < 0.5:
-            face = face[:, ::-1]  # flipped
+            face = face[:, ::-1]  # [ours]
         return load_speech(recording, self.seconds, rng, moment), face
 
 
@@ -1443,8 +1473,11 @@ def check_data(args):
     genders = Counter()
     for split in corpus.values():
         faults += check_split(split)
-        genders.update(gender_of(labels.pop(name, {})) for name in split.names)
-    print(f"{genders['male']} male, {genders['female']} female, {genders['']} unknown")
+        for name in split.names:
+            row = labels.pop(name, {})
+            genders[row.get("gender", ""), gender_of(row) or "unknown"] += 1
+    for (text, gender), count in genders.items():
+        print(f"{count} people of gender {text!r}: {gender}")
     print_unused("rows of labels.csv", list(labels))
     print(f"{faults} faults")
     return int(faults > 0)
@@ -1464,7 +1497,11 @@ def check_split(split):
     if times:
         print(f"times: {min(times)} to {max(times)} s")
     unused = defaultdict(list)
-    for parent, _, files in os.walk(split.folder, followlinks=True):
+
+    def cannot_open(error):
+        unused["folders without permission"].append(Path(error.filename))
+
+    for parent, _, files in os.walk(split.folder, onerror=cannot_open):
         depth = len(Path(parent).relative_to(split.folder).parts)
         for path in (Path(parent, file) for file in files if file[0] != "."):
             if not path.exists():
@@ -1510,6 +1547,8 @@ def check_clip(recordings, images, held, times):
                 times.append(time)
                 if time > end:
                     raise UserError(f"{image}: its recording ends at {end:.2f} s")
+                if max(time, end - time) < TIME_GUARD + MIN_SPEECH:
+                    raise UserError(f"{image}: too little speech before and after it")
 
 
 # ==== 7. Synthetic people: voices by source and filter, drawn faces [all ours] ========
@@ -1561,7 +1600,7 @@ def sample_face(voice, rng):
 
 
 def level(x):
-    """A standard normal number as an even one in 0 ... 1."""
+    """The standard normal's distribution function: normal numbers become uniform."""
     return 0.5 + 0.5 * math.erf(x / math.sqrt(2))
 
 
@@ -1680,6 +1719,8 @@ def ideal_faces(people, size, rng):
 
 def has_factors(labels, names):
     """Whether labels.csv tells all factors of these people: they are synthetic."""
+    if not labels:
+        return False
     try:
         people = [labels[name] for name in names]
         factor_values(people, [*FACTORS, *VOICE_FACTORS, "link"])
@@ -1714,6 +1755,8 @@ def make_data(args):
     data = Path(args.folder)
     if data.exists():
         raise UserError(f"{data}: exists already, a new folder is needed")
+    if args.identities < 30:
+        raise UserError(f"--identities {args.identities}: must be at least 30")
     val = max(10, round(0.06 * args.identities))
     test = max(10, round(0.14 * args.identities))
     splits = (
@@ -1753,7 +1796,7 @@ def find_device(name):
 class Run:
     """A training in --out: device, corpus and batches, checkpoints and log.
 
-    Under torchrun each process has its own GPU, batches and negatives. The first one
+    Under torchrun each process has its own batches, and GPU if there is one. The first one
     tests and writes.
     """
 
@@ -1764,13 +1807,13 @@ class Run:
         self.rank = int(os.environ.get("RANK", "0"))
         self.count = int(os.environ.get("WORLD_SIZE", "1"))
         if self.rank == 0 and cfg.data == SYNTHETIC and not Path(cfg.data).exists():
-            main(["make-data", cfg.data])
+            make_data(parse(["make-data", cfg.data]))
         if self.count > 1:  # a day: the others wait while the first makes data or tests
             distributed.init_process_group(timeout=datetime.timedelta(days=1))
         self.corpus = open_corpus(cfg.data, {"train": cfg.batch, "val": 2, "test": 2})
         people = len(self.corpus["train"].names)
         self.settings = {**vars(cfg), "processes": self.count, "people": people}
-        self.step = 0  # done
+        self.step = 0  # steps done so far
         self.sums = Counter()
         self.since = time.monotonic()
         torch.manual_seed(cfg.seed)
@@ -1790,9 +1833,8 @@ class Run:
                     raise UserError(f"--resume: {last} is of a run with {key} {before}")
             restore(parts, state, last)
             self.step = state["step"]
-            if self.rank == 0:  # a kill may have left half a line
-                lines = log.read_text().splitlines(keepends=True)
-                log.write_text("".join(line for line in lines if line.endswith("\n")))
+            if self.rank == 0:
+                cut_log(log, self.step)
             return state
         if self.rank == 0:
             make_folder(self.folder)
@@ -1826,7 +1868,7 @@ class Run:
             yield number // self.count + 1, rng, speech, faces
 
     def is_due(self, step, every):
-        """Whether the first process shall do what is done every so often and last."""
+        """True in the first process at each `every`-th step and at the last one."""
         return self.rank == 0 and (step % every == 0 or step == self.cfg.steps)
 
     def log(self, step, **values):
@@ -1854,7 +1896,7 @@ class Run:
         self.since = time.monotonic()
 
     def save(self, name, parts, step, **more):
-        """Write a checkpoint beside the old one, rename it: it is whole at any time."""
+        """Write to a temporary file, then rename it: a kill leaves no half checkpoint."""
         path = self.folder / name
         state = {"settings": self.settings, "step": step, **more}
         for key, part in parts.items():
@@ -1869,6 +1911,15 @@ class Run:
         ):
             torch.save(state, f"{path}.part")
             os.replace(f"{path}.part", path)
+
+
+def cut_log(path, step):
+    """Leave the whole lines of a log up to this step: the rest is logged again."""
+    kept = ""
+    for line in path.read_text().splitlines(keepends=True):
+        if line.endswith("\n") and json.loads(line)["step"] <= step:
+            kept += line
+    path.write_text(kept)
 
 
 def load_checkpoint(path, command, device):
