@@ -1785,9 +1785,8 @@ def find_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
-        name = (
-            f"cuda:{os.environ.get('LOCAL_RANK', '0')}"  # under torchrun one for each
-        )
+        # Under torchrun each process has its own.
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     with explain(f"--device {name}: not here, use cpu or auto"):
         return torch.zeros(1, device=name).device
 
@@ -1826,7 +1825,7 @@ class Run:
         log = self.folder / "log.jsonl"
         if self.cfg.resume and last.exists():
             state = load_checkpoint(last, self.cfg.command, self.device)
-            for key in self.settings.keys() - MAY_CHANGE:
+            for key in sorted(self.settings.keys() - MAY_CHANGE):
                 before = state["settings"].get(key)
                 if before != self.settings[key]:
                     raise UserError(f"--resume: {last} is of a run with {key} {before}")
