@@ -87,9 +87,12 @@ import torchaudio
 from PIL import Image, ImageDraw, ImageOps
 from torch import distributed, nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 SAMPLE_RATE = 16000  # samples per second of every waveform [PASE]
 EMBED_DIM = 128  # D [paper §3.2]
+RANK = int(os.environ.get("RANK", "0"))  # of this process, set by torchrun
+PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
 SILENCE = 1e-4  # std of samples in [-1, 1] that counts as silence [ours]
 
 
@@ -505,7 +508,7 @@ MATCH_SETTINGS = {
     "speech_width": (16, "sinc filters, unit of S's widths [ours]; 64 in [PASE]"),
     "face_width": (16, "F's first channels [ours]; 64 in [SNGAN]"),
     "embed_scale": (3.5, "length of an embedding [ours]"),
-    "lr": (0.05, "peak learning rate of SGD [ours]"),
+    "lr": (0.02, "peak learning rate of SGD [ours]"),
     "eval_every": (400, "steps between validations"),
 }
 GAN_SETTINGS = {
@@ -542,15 +545,22 @@ WARM_UP = 0.1  # share of match-train's steps in which the learning rate rises [
 BETAS = (0.0, 0.99)  # of Adam [paper §4]; the values: [StyleGAN]
 R1_EVERY = 16  # R1 is computed in each 16th step and counts 16 times [StyleGAN2]
 
-# Trained networks; cfg holds match-train's settings; generator is None after stage one.
-Model = namedtuple("Model", "cfg speech_encoder face_encoder generator device")
 
+class Model(nn.Module):
+    """The networks that a checkpoint holds: S and F; after stage two also G.
 
-def make_encoders(cfg, device):
-    """Fresh S and F for the settings of match-train."""
-    speech_encoder = SpeechEncoder(cfg.speech_width, cfg.sinc_stride, cfg.embed_scale)
-    face_encoder = FaceEncoder(cfg.size, cfg.face_width, cfg.embed_scale)
-    return speech_encoder.to(device), face_encoder.to(device)
+    cfg holds match-train's settings, width is gan-train's.
+    """
+
+    def __init__(self, cfg, device, width=None):
+        super().__init__()
+        self.cfg = cfg
+        self.device = device
+        scale = cfg.embed_scale
+        self.speech_encoder = SpeechEncoder(cfg.speech_width, cfg.sinc_stride, scale)
+        self.face_encoder = FaceEncoder(cfg.size, cfg.face_width, scale)
+        self.generator = Generator(cfg.size, width) if width else None
+        self.to(device)
 
 
 def make_schedule(optimizer, steps, warm_up=0.0):
@@ -571,16 +581,13 @@ def match_train(cfg):
     if cfg.seconds < 0.25:
         raise UserError(f"--seconds {cfg.seconds}: must be at least 0.25")
     run = Run(cfg)
-    speech_encoder, face_encoder = make_encoders(cfg, run.device)
-    encoders = {"speech": speech_encoder, "face": face_encoder}
-    weights = [*speech_encoder.parameters(), *face_encoder.parameters()]
-    optimizer = torch.optim.SGD(weights, cfg.lr, MOMENTUM)  # [paper §4]
+    model = Model(cfg, run.device)
+    optimizer = torch.optim.SGD(model.parameters(), cfg.lr, MOMENTUM)  # [paper §4]
     schedule = make_schedule(optimizer, cfg.steps, WARM_UP)
-    parts = {**encoders, "optimizer": optimizer, "schedule": schedule}
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
     best = run.resume(parts).get("best", -1.0)
-    model = Model(cfg, speech_encoder, face_encoder, None, run.device)
-    speech_net = run.distribute(speech_encoder)
-    face_net = run.distribute(face_encoder)
+    speech_net = run.distribute(model.speech_encoder)
+    face_net = run.distribute(model.face_encoder)
 
     for step, rng, speech, faces in run.batches(cfg):
         candidates = sample_candidates(len(faces), cfg.k, rng)  # (B, K)
@@ -590,24 +597,21 @@ def match_train(cfg):
         loss = match_loss(logits)  # Eq. 1: (B, K) -> ()
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(weights, MAX_NORM)
+        nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
         optimizer.step()
         schedule.step()
 
         run.log(step, loss=loss, accuracy=100 * top1(logits).mean())
         if run.is_due(step, cfg.eval_every):
             metrics = validate(model, run, step, cfg.runs)
-            speech_encoder.train()
-            face_encoder.train()
+            model.train()
             score = metrics.get(f"{cfg.direction}/10", metrics[f"{cfg.direction}/2"])
-            if score is None:
-                raise UserError(f"step {step}: the run diverged; try a lower --lr")
             if score > best:
                 best = score
-                run.save("best.pt", encoders, step)
+                run.save("best.pt", {"model": model}, step)
         if run.is_due(step, cfg.save_every):
             run.save("last.pt", parts, step, best=best)
-    if run.rank == 0:
+    if RANK == 0:
         best_model = load_model(run.folder / "best.pt", "match-train", run.device)
         report(best_model, run.corpus["test"], cfg)
 
@@ -634,37 +638,29 @@ def make_adam(network, lr, steps):
     return optimizer, make_schedule(optimizer, steps)
 
 
-@torch.no_grad()
-def update_average(average, network, decay):
-    """average <- decay average + (1 - decay) network, weight by weight."""
-    for mean, weight in zip(average.parameters(), network.parameters()):
-        mean.lerp_(weight, 1 - decay)
-
-
 def gan_train(cfg):
     """Train G and D [paper §3.2]; test with the running average of G's weights."""
     if cfg.batch < 2:
         raise UserError("--batch 1: must be at least 2, for c- is of another identity")
     run = Run(cfg)
-    match = load_model(cfg.match, "match-train", run.device)
-    generator = Generator(match.cfg.size, cfg.width).to(run.device)
-    discriminator = Discriminator(match.face_encoder, cfg.weight).to(run.device)
-    average = copy.deepcopy(generator)
+    model = load_model(cfg.match, "match-train", run.device)
+    generator = Generator(model.cfg.size, cfg.width).to(run.device)
+    discriminator = Discriminator(model.face_encoder, cfg.weight).to(run.device)
+    average = AveragedModel(generator, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema_decay))
+    model.generator = average.module
     g_optimizer, g_schedule = make_adam(generator, cfg.lr, cfg.steps)
     d_optimizer, d_schedule = make_adam(discriminator, cfg.d_lr, cfg.steps)
-    parts = {"speech": match.speech_encoder, "face": match.face_encoder}
+    parts = {"model": model, "average": average}
     parts |= {"g": generator, "g_optimizer": g_optimizer, "g_schedule": g_schedule}
     parts |= {"d": discriminator, "d_optimizer": d_optimizer, "d_schedule": d_schedule}
-    parts |= {"g_ema": average}
     run.resume(parts)
-    model = match._replace(generator=average)
     g_net = run.distribute(generator)
     d_net = run.distribute(discriminator)
 
-    for step, rng, speech, real in run.batches(match.cfg):
+    for step, rng, speech, real in run.batches(model.cfg):
         z = torch.randn(len(real), EMBED_DIM, generator=rng).to(run.device)  # (B, D)
         with torch.no_grad():  # S is frozen [ours]
-            c_pos = match.speech_encoder(speech)  # c+: (B, T) -> (B, D)
+            c_pos = model.speech_encoder(speech)  # c+: (B, T) -> (B, D)
         c_neg = c_pos.roll(1, 0)  # c-: the batch is in random order, identities differ
         fake = g_net(z, c_pos)  # (B, D), (B, D) -> (B, 3, H, W)
 
@@ -687,7 +683,7 @@ def gan_train(cfg):
         loss_g.backward(inputs=list(generator.parameters()))  # no gradients for D
         g_optimizer.step()
         g_schedule.step()
-        update_average(average, generator, cfg.ema_decay)
+        average.update_parameters(generator)
 
         match_real = inner(c_pos, d_real[0]).mean()  # <c+, phi(real)>
         mismatch_real = inner(c_neg, d_real[0]).mean()  # <c-, phi(real)>
@@ -697,8 +693,8 @@ def gan_train(cfg):
             validate(model, run, step, runs=1)
             plot_figures(model, run.corpus["val"], run.folder / f"samples/{step:06}")
         if run.is_due(step, cfg.save_every):
-            run.save("last.pt", parts, step, match=vars(match.cfg))
-    if run.rank == 0:
+            run.save("last.pt", parts, step, match=vars(model.cfg))
+    if RANK == 0:
         report(model, run.corpus["test"], cfg)
 
 
@@ -712,34 +708,38 @@ GALLERY = 5000  # faces among which one is searched, at most [paper §4]
 
 @torch.no_grad()
 def embed_split(model, judge, other, split, seed, cfg, labels):
-    """One pair of each identity, as the judge's S and F see it: {kind: (N, D)}.
+    """One pair of each identity, as the judge's S and F see it.
 
-    Kinds: speech, and real, generated, other (by another generator) and ideal faces, as
-    F has them before they get one length. Also returns the names of the N identities.
+    Returns c (N, D); faces {kind: (N, D)}, as F has them before they get one length; the
+    names of the N identities. Kinds: real, generated, other (by another generator) and
+    ideal faces.
     """
+    judge = judge or model
     rng = torch.Generator().manual_seed(seed)
     ideal_rng = np.random.default_rng(seed)
     pairs = PairDataset(split, model.cfg, TEST_BATCH, seed)
     numbers = range(math.ceil(len(split.names) / TEST_BATCH))
-    found = defaultdict(list)
-    for speech, faces, names in load_batches(pairs, numbers, cfg.workers, model.device):
-        images = {"real": faces}
-        z = torch.randn(len(names), EMBED_DIM, generator=rng).to(model.device)  # (B, D)
+    c = []
+    faces = defaultdict(list)
+    names = []
+    for speech, real, batch in load_batches(pairs, numbers, cfg.workers, model.device):
+        z = torch.randn(len(batch), EMBED_DIM, generator=rng).to(model.device)  # (B, D)
+        images = {"real": real}
         if model.generator:
             images["generated"] = model.generator(z, model.speech_encoder(speech))
         if other:
             images["other"] = other.generator(z, other.speech_encoder(speech))
         if model.generator and labels:
-            people = [labels[name] for name in names]
+            people = [labels[name] for name in batch]
             images["ideal"] = ideal_faces(people, model.cfg.size, ideal_rng)
-        found["names"] += names
-        found["speech"] += judge.speech_encoder(speech).cpu()
-        for kind, batch in images.items():
-            found[kind] += judge.face_encoder.embed(batch.to(model.device)).cpu()
-    names = found.pop("names", [])
+        c.append(judge.speech_encoder(speech).cpu())
+        for kind, image in images.items():
+            faces[kind].append(judge.face_encoder.embed(image.to(model.device)).cpu())
+        names += batch
     if len(names) < 2:
         raise UserError(f"{split.folder}: too few people can be read (run check-data)")
-    return {kind: torch.stack(rows) for kind, rows in found.items()}, names
+    faces = {kind: torch.cat(rows) for kind, rows in faces.items()}
+    return torch.cat(c), faces, names
 
 
 def k_way(speech, faces, genders, seed):
@@ -790,8 +790,11 @@ def cosine_distances(c, faces, genders, seed):
 
 
 def pearson(x, y):
-    """Correlation of x (n,) and y (n,); NaN for fewer than 3."""
-    return torch.corrcoef(torch.stack([x, y]))[0, 1].item() if len(x) > 2 else math.nan
+    """Correlations of the columns of x and y, (n, E) -> (E,); NaN for fewer than 3 rows."""
+    x = x - x.mean(0)
+    y = y - y.mean(0)
+    r = (x * y).sum(0) / (x.square().sum(0) * y.square().sum(0)).sqrt()  # (E,)
+    return r if len(x) > 2 else r * math.nan
 
 
 def recall(name, distances):
@@ -813,22 +816,22 @@ def table_3(queries, gallery, seed):
     return scores | recall("retrieval/cosine", -cosine)
 
 
-def score_faces(found, kind, genders, seed):
+def score_faces(c, faces, kind, genders, seed):
     """The scores of one kind of faces: K-way; of all but the real ones, QTA 1 to 3."""
-    c = found["speech"]  # (N, D)
-    faces = F.normalize(found[kind])  # (N, D)
-    scores = k_way(c, faces, genders, seed)
+    unit = {name: F.normalize(rows) for name, rows in faces.items()}  # (N, D) each
+    scores = k_way(c, unit[kind], genders, seed)
     if kind == "real":
         return scores
     if kind == "other":  # QTA 2's second experiment: ours against the other's
-        scores["preferred"] = preferred(c, F.normalize(found["generated"]), faces)
+        scores["preferred"] = preferred(c, unit["generated"], unit["other"])
     else:
-        scores["preferred"] = preferred(c, faces, F.normalize(found["real"]))
-    for couples, (cd_c, cd_faces) in cosine_distances(c, faces, genders, seed).items():
+        scores["preferred"] = preferred(c, unit[kind], unit["real"])
+    distances = cosine_distances(c, unit[kind], genders, seed)
+    for couples, (cd_c, cd_faces) in distances.items():
         scores[f"qta1/{couples}/c"] = cd_c.mean().item()
         scores[f"qta1/{couples}/face"] = cd_faces.mean().item()
-        scores[f"qta1/{couples}/r"] = pearson(cd_c, cd_faces)
-    return scores | table_3(found[kind], found["real"], seed)
+        scores[f"qta1/{couples}/r"] = pearson(cd_c, cd_faces).item()
+    return scores | table_3(faces[kind], faces["real"], seed)
 
 
 def oracle_scores(people, genders, seed):
@@ -852,7 +855,7 @@ def oracle_scores(people, genders, seed):
     voices = torch.cat([a * v, -b * v**2, one, 1000 * gender], dim=1)  # (P, 10)
     faces = torch.cat([f, one, -b * f**2, gender], dim=1)  # (P, 10)
     scores = k_way(voices, faces, genders, seed)
-    return scores | recall("retrieval", -voices[:GALLERY] @ faces[:GALLERY].T)
+    return scores | recall("retrieval/cosine", -voices[:GALLERY] @ faces[:GALLERY].T)
 
 
 def evaluate(model, split, cfg, runs, labels, judge=None, other=None):
@@ -866,15 +869,12 @@ def evaluate(model, split, cfg, runs, labels, judge=None, other=None):
     collected = defaultdict(list)
     for run in range(runs):
         seed = cfg.seed + 1000 * (run + 1)
-        found, names = embed_split(
-            model, judge or model, other, split, seed, cfg, known
-        )
+        c, faces, names = embed_split(model, judge, other, split, seed, cfg, known)
         people = [labels.get(name, {}) for name in names]
         genders = np.array([gender_of(row) for row in people])
         tests = {}
-        for kind in found:
-            if kind != "speech":
-                tests[kind] = score_faces(found, kind, genders, seed)
+        for kind in faces:
+            tests[kind] = score_faces(c, faces, kind, genders, seed)
         if known:
             tests["oracle"] = oracle_scores(people, genders, seed)
         for kind, scores in tests.items():
@@ -898,8 +898,7 @@ def rounded(x):
 def validate(model, run, step, runs):
     """Test at most --val-clips people of the validation split; print main scores."""
     split = subsample(run.corpus["val"], max(2, run.cfg.val_clips))
-    model.speech_encoder.eval()
-    model.face_encoder.eval()
+    model.eval()
     metrics = evaluate(model, split, run.cfg, runs, labels={})
     shown = ("preferred", "v-f/2", "v-f/10", "f-v/2", "f-v/10")
     texts = [f"{key} {metrics[key]} % " for key in shown if key in metrics]
@@ -950,38 +949,46 @@ def control_scores(model, corpus, labels, noises=16):
     voice = factor_values(people, VOICE_FACTORS)  # (V, 4), as FACTORS begin
     real = pixels(faces) @ probe  # (V, E)
     z = torch.randn(noises, EMBED_DIM, generator=torch.Generator().manual_seed(0))
+    z = z.to(model.device)  # (Z, D)
     read = []
-    for c in in_chunks(model.speech_encoder, speech):  # (D,)
-        generated = model.generator(z.to(c.device), c.expand(noises, -1))
+    for x in speech.split(1):  # (1, T)
+        c = model.speech_encoder(x)  # (1, D)
+        generated = model.generator(z, c.expand_as(z))  # (Z, 3, H, W)
         read.append(pixels(generated) @ probe)  # (Z, E)
     read = torch.stack(read)  # (V, Z, E)
 
     by_voice, by_noise = variance_shares(read)
-    scores = {"gender/right": percent((read[:, :, 0] > 0) == (voice[:, :1] > 0))}
-    for e, name in enumerate(FACTORS):
-        scores[f"{name}/c"] = by_voice[e]
-        scores[f"{name}/z"] = by_noise[e]
-        scores[f"{name}/probe"] = pearson(real[:, e], truth[:, e])
-        if e < len(VOICE_FACTORS):
-            r = pearson(read[:, :, e].flatten(), voice[:, e].repeat_interleave(noises))
-            r_real = pearson(real[:, e], voice[:, e])
-            scores[f"{name}/voice"] = r
-            scores[f"{name}/spread"] = 100 * (1 - r**2)
-            scores[f"{name}/spread/real"] = 100 * (1 - r_real**2)
-    return {f"control/{key}": rounded(score) for key, score in scores.items()}
+    given = voice.repeat_interleave(noises, 0)  # (V Z, 4)
+    r = pearson(read[:, :, :4].flatten(0, 1), given)  # (4,)
+    r_real = pearson(real[:, :4], voice)  # (4,)
+    columns = {"c": by_voice, "z": by_noise, "probe": pearson(real, truth), "voice": r}
+    columns |= {"spread": 100 * (1 - r**2), "spread/real": 100 * (1 - r_real**2)}
+    columns["right"] = [percent((read[:, :, 0] > 0) == (voice[:, :1] > 0))]  # of gender
+    scores = {}
+    for column, values in columns.items():
+        for name, value in zip(FACTORS, values):
+            scores[f"control/{name}/{column}"] = rounded(value)
+    return scores
 
 
 # ==== 5. Figures 2 to 6, reports, faces for any recording =============================
 
-KINDS = ("generated", "real", "ideal", "other", "oracle", "paper")  # of a report
+KINDS = (
+    "generated",
+    "real",
+    "ideal",
+    "other",
+    "oracle",
+    "paper",
+)  # columns of a report
 CONTROL = ("c", "z", "voice", "probe", "spread", "spread/real", "right")
 PAPER_RESULTS = {  # of other people, hence not comparable [paper §4]
-    "f-v/2": "generated 95.14, real 88.47",
-    "preferred": "76.65; Eq. 5 to Eq. 4 79.68",
-    "qta1/different/c": "0.46",
-    "qta1/same/c": "0.28",
-    "qta1/different/face": "0.27",
-    "qta1/same/face": "0.15",
+    "paper/f-v/2": "generated 95.14, real 88.47",
+    "paper/preferred": "76.65; Eq. 5 to Eq. 4 79.68",
+    "paper/qta1/different/c": "0.46",
+    "paper/qta1/same/c": "0.28",
+    "paper/qta1/different/face": "0.27",
+    "paper/qta1/same/face": "0.15",
 }
 
 
@@ -991,35 +998,38 @@ def to_image(face):
     return Image.fromarray(values.permute(1, 2, 0).numpy())  # (H, W, 3)
 
 
-def plot_grid(path, rows, side=128, line=24):
-    """Save rows of faces, each under its title: (title, [(3, H, W), ...])."""
-    columns = max(len(faces) for _, faces in rows)
-    sheet = Image.new("RGB", (columns * (side + 4), len(rows) * (side + line)), "white")
+def plot_grid(path, titles, faces, side=128, line=24):
+    """Save faces (R, n, 3, H, W) as R rows, each under its title."""
+    rows = F.pad(faces, (1, 1), value=1.0)  # white lines between faces
+    rows = torch.cat(rows.unbind(1), dim=3)  # (R, 3, H, n (W + 2))
+    width = side * rows.shape[3] // rows.shape[2]
+    sheet = Image.new("RGB", (width, len(rows) * (line + side)), "white")
     draw = ImageDraw.Draw(sheet)
-    for i, (title, faces) in enumerate(rows):
-        top = i * (side + line)
+    for i, (title, row) in enumerate(zip(titles, rows)):
+        top = i * (line + side)
         draw.text((4, top + 4), title, "black", font_size=14)
-        for j, face in enumerate(faces):
-            image = to_image(face).resize((side, side), Image.Resampling.NEAREST)
-            sheet.paste(image, (j * (side + 4) + 2, top + line))
+        image = to_image(row).resize((width, side), Image.Resampling.NEAREST)
+        sheet.paste(image, (0, top + line))
     sheet.save(make_folder(Path(path).parent) / Path(path).name)
 
 
-def plot_scatter(path, panels, side=300, margin=40):
-    """Save scatter plots, axes from 0 to 2, of {title: (x (n,), y (n,))}."""
-    width = side + 2 * margin
-    sheet = Image.new("RGB", (len(panels) * width, width), "white")
+def plot_scatter(path, couples, side=400, margin=50):
+    """Save Fig. 5: y (n,) over x (n,), both from 0 to 2, of {kind of couples: (x, y)}."""
+    low = margin + side
+    sheet = Image.new("RGB", (low + margin, low + margin), "white")
     draw = ImageDraw.Draw(sheet)
-    for i, (title, (x, y)) in enumerate(panels.items()):
-        left = i * width + margin
-        bottom = margin + side
-        draw.rectangle((left, margin, left + side, bottom), outline="black")
-        draw.text((left, 18), f"{title}: CD(fe1, fe2) over CD(c1, c2)", "black")
-        for tick in (0, 1, 2):
-            draw.text((left + tick * side / 2 - 3, bottom + 6), str(tick), "black")
-            draw.text((left - 14, bottom - tick * side / 2 - 6), str(tick), "black")
-        for a, b in zip(left + x * side / 2, bottom - y * side / 2):
-            draw.ellipse((a - 2, b - 2, a + 2, b + 2), fill="steelblue")
+    draw.rectangle((margin, margin, low, low), outline="black")
+    draw.text((8, 8), "CD(fe1, fe2)", "black")
+    draw.text((low - 60, low + 25), "CD(c1, c2)", "black")
+    for tick in (0, 1, 2):
+        place = tick * side / 2
+        draw.text((margin + place - 3, low + 8), str(tick), "black")
+        draw.text((margin - 16, low - place - 6), str(tick), "black")
+    colors = ("gray", "steelblue", "darkorange")
+    for i, (kind, (x, y)) in enumerate(couples.items()):
+        draw.text((margin + 100 * (i + 1), 8), f"{kind} gender", colors[i])
+        for a, b in zip(margin + x * side / 2, low - y * side / 2):
+            draw.ellipse((a - 2, b - 2, a + 2, b + 2), fill=colors[i])
     sheet.save(path)
 
 
@@ -1031,92 +1041,76 @@ def sample_batch(split, model, count, seed=0):
     raise UserError(f"{split.folder}: nobody can be read (run check-data)")
 
 
-def in_chunks(network, *inputs):
-    """network(*inputs) of inputs (N, ...), TEST_BATCH rows at a time."""
-    chunks = zip(*(x.split(TEST_BATCH) for x in inputs))
-    return torch.cat([network(*chunk) for chunk in chunks])
-
-
 @torch.no_grad()
 def plot_figures(model, split, folder, seed=0, columns=6):
     """Save Fig. 2 to 6 of at most 200 people as folder/fig2.png to fig6.png."""
     speech, faces, names = sample_batch(split, model, 200, seed)
-    c = in_chunks(model.speech_encoder, speech)  # (N, D)
+    c = torch.cat([model.speech_encoder(x) for x in speech.split(TEST_BATCH)])  # (N, D)
     z = torch.randn(c.shape, generator=torch.Generator().manual_seed(seed)).to(c.device)
-    generated = in_chunks(model.generator, z, c)  # (N, 3, H, W)
-    fe = in_chunks(model.face_encoder, generated)  # (N, D)
-    likeness = fe @ in_chunks(model.face_encoder, faces).T  # (N, N)
-    t = torch.linspace(0, 1, columns, device=c.device)[:, None]  # (columns, 1)
-    grids = defaultdict(list)
-    shown = np.linspace(0, len(c) - 1, 6, dtype=int)
-    for a, b in zip(shown, np.roll(shown, -1)):
-        retrieved = faces[likeness[a].argsort(descending=True)[:5]]
-        rows = {
-            "fig2": made(model, z[:columns], c[a]),
-            "fig3": [*made(model, z[a], torch.lerp(c[a], c[b], t)), faces[b]],
-            "fig4": made(model, torch.lerp(z[a], z[b], t), c[a]),
-            "fig6": [generated[a], *retrieved],
-        }
-        for name, row in rows.items():
-            grids[name].append((names[a], [faces[a], *row]))
-    for name, grid in grids.items():
-        plot_grid(folder / f"{name}.png", grid)
+    generated = model.generator(z, c)  # (N, 3, H, W)
+    fe = model.face_encoder(generated)  # (N, D)
+    nearest = (fe @ model.face_encoder(faces).T).argsort(1, descending=True)  # (N, N)
+    a = torch.linspace(0, len(c) - 1, 6).long()  # (R,), the people that are shown
+    b = a.roll(-1)
+    figures = defaultdict(list)  # of columns (R, 3, H, W)
+    for i, t in enumerate(torch.linspace(0, 1, columns)):
+        figures["fig2"].append(model.generator(z[i].expand_as(c[a]), c[a]))
+        figures["fig3"].append(model.generator(z[a], torch.lerp(c[a], c[b], t)))
+        figures["fig4"].append(model.generator(torch.lerp(z[a], z[b], t), c[a]))
+    figures["fig3"].append(faces[b])
+    figures["fig6"] = [generated[a], *faces[nearest[a, :5]].unbind(1)]
+    for name, found in figures.items():
+        rows = torch.stack([faces[a], *found], dim=1)  # (R, n, 3, H, W)
+        plot_grid(folder / f"{name}.png", [names[i] for i in a], rows)
     labels = read_labels(split.folder.parent)
     genders = np.array([gender_of(labels.get(name, {})) for name in names])
     distances = cosine_distances(c.cpu(), fe.cpu(), genders, seed)
     plot_scatter(folder / "fig5.png", distances)
 
 
-def made(model, z, c):
-    """Generated faces (n, 3, H, W) of z and c, one of them (n, D), the other (D,)."""
-    return model.generator(*torch.broadcast_tensors(z, c))
+def make_table(metrics, rows, columns):
+    """A Markdown table of metrics[key.format(row)], of columns {title: key}.
 
-
-def markdown(columns, rows):
-    """A table in Markdown of rows {name: {column: text}}, without empty columns."""
-    columns = [name for name in columns if any(name in row for row in rows.values())]
-    if not columns:
-        return ""
-    text = f"| | {' | '.join(columns)} |\n{'|---' * (len(columns) + 1)}|\n"
-    for name, cells in rows.items():
-        texts = [cells.get(column, "") for column in columns]
-        text += f"| {name} | {' | '.join(texts)} |\n"
-    return text + "\n"
-
-
-def make_tables(metrics):
-    """Metrics as Markdown: a column for each kind of faces; what c and z control."""
-    bare = "generated" if "preferred" in metrics else "real"
-    scores = defaultdict(dict)
-    control = defaultdict(dict)
-    for key, value in metrics.items():
-        if isinstance(value, (str, int)) or key.endswith("/std"):
-            continue  # what the scores stand on; stds, which stand beside their means
-        text = "-" if value is None else f"{value:.2f}"
-        if metrics.get(f"{key}/std") is not None:
-            text += f" ± {metrics[f'{key}/std']:.2f}"
-        kind, _, name = key.partition("/")
-        if kind == "control":
-            factor, _, what = name.partition("/")
-            control[factor][what] = text
-        elif kind in KINDS:
-            scores[name][kind] = text
-        else:
-            scores[key][bare] = text
-            if key in PAPER_RESULTS:
-                scores[key]["paper"] = PAPER_RESULTS[key]
-    return markdown(KINDS, scores) + markdown(CONTROL, control)
+    Without columns that no row has.
+    """
+    known = {}
+    for title, key in columns.items():
+        if any(key.format(row) in metrics for row in rows):
+            known[title] = key
+    lines = ["| | " + " | ".join(known) + " |", "|---" * (len(known) + 1) + "|"]
+    for row in rows:
+        cells = [row]
+        for key in known.values():
+            cell = metrics.get(key.format(row), "")
+            std = metrics.get(key.format(row) + "/std")
+            if isinstance(cell, float):
+                cell = f"{cell:.2f}"
+            cells.append(cell if std is None else f"{cell} ± {std:.2f}")
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n\n" if known else ""
 
 
 def report(model, split, cfg, judge=None, other=None, control=()):
     """Test; write OUT/metrics.json; print and return the scores as tables."""
     labels = read_labels(split.folder.parent)
     metrics = evaluate(model, split, cfg, cfg.runs, labels, judge, other)
+    rows = []
+    for key, value in metrics.items():
+        kind = key.partition("/")[0]
+        if isinstance(value, float) and kind not in KINDS and not key.endswith("/std"):
+            rows.append(key)
     metrics |= control
     path = make_folder(cfg.out) / "metrics.json"
     path.write_text(json.dumps(metrics, indent=1) + "\n")
-    text = "{data}/{split}: {people} people, {left_out} left out; {runs} runs, ± std"
-    text = text.format(**metrics) + "\n\n" + make_tables(metrics)
+    text = (
+        "{data}/{split}: {people} people, {left_out} left out; {runs} runs, ± std\n\n"
+    )
+    text = text.format(**metrics)
+    kinds = {kind: kind + "/{}" for kind in KINDS}
+    kinds["generated" if model.generator else "real"] = "{}"
+    text += make_table(metrics | PAPER_RESULTS, rows, kinds)
+    shares = {name: f"control/{{}}/{name}" for name in CONTROL}
+    text += make_table(metrics, FACTORS, shares)
     print(text, end="", flush=True)
     return text
 
@@ -1137,20 +1131,19 @@ def gan_test(args):
     for checkpoint in (judge, other):
         if checkpoint and checkpoint.cfg.size != model.cfg.size:
             raise UserError("--judge, --other: must have the --size of --gan")
-    corpus = open_corpus(args.data, {"test": 2})
     labels = read_labels(args.data)
     control = {}
     if has_factors(labels, labels):
         corpus = open_corpus(args.data, {"train": 2, "test": 2})
         control = control_scores(model, corpus, labels)
-    out = make_folder(args.out)
-    tables = report(model, corpus["test"], args, judge, other, control)
-    page = f"# {args.gan}\n\n{tables}"
-    plot_figures(model, corpus["test"], out, args.seed)
+    split = open_corpus(args.data, {"test": 2})["test"]
+    page = f"# {args.gan}\n\n" + report(model, split, args, judge, other, control)
+    plot_figures(model, split, Path(args.out), args.seed)
     for number in range(2, 7):
         page += f"![Figure {number}](fig{number}.png)\n\n"
-    (out / "report.md").write_text(page, "utf8", "backslashreplace")
-    print(f"{out / 'report.md'}: written")
+    path = Path(args.out, "report.md")
+    path.write_text(page, "utf8", "backslashreplace")
+    print(f"{path}: written")
 
 
 @torch.no_grad()
@@ -1161,20 +1154,21 @@ def generate(args):
     as_grid = args.out.lower().endswith(".png")
     rng = np.random.default_rng(args.seed)
     rows = []
-    for i, path in enumerate(args.speech, start=1):
+    for i, path in enumerate(args.speech):
         speech = load_speech(path, SPEECH_SECONDS, rng)  # (T,)
         c = model.speech_encoder(torch.from_numpy(speech)[None].to(device))  # (1, D)
         seed = args.seed if as_grid else args.seed + i  # in a grid one z a column
         noise = torch.Generator().manual_seed(seed)
-        z = torch.randn(args.n, EMBED_DIM, generator=noise)  # (n, D)
-        faces = in_chunks(model.generator, z.to(device), c.expand(args.n, -1))
-        rows.append((path, faces))
+        z = torch.randn(args.n, EMBED_DIM, generator=noise).to(device)  # (n, D)
+        faces = model.generator(z, c.expand_as(z))  # (n, 3, H, W)
+        if as_grid:
+            rows.append(faces)
+            continue
         for k, face in enumerate(faces, start=1):
-            if not as_grid:
-                name = f"{i:04}_{Path(path).stem}_z{k}.png"
-                to_image(face).save(make_folder(args.out) / name)
+            name = f"{i + 1:04}_{Path(path).stem}_z{k}.png"
+            to_image(face).save(make_folder(args.out) / name)
     if as_grid:
-        plot_grid(args.out, rows)
+        plot_grid(args.out, args.speech, torch.stack(rows))
     print(f"{args.out}: {args.n} faces for each of {len(args.speech)} recordings")
 
 
@@ -1234,12 +1228,10 @@ def read_labels(data):
     if not path.exists():
         return labels
     with explain(f"{path}: must be CSV in UTF-8 with a column 'identity'"):
-        header, *rows = csv.reader(path.read_text("utf-8-sig").splitlines())
-        columns = [column.strip().lower() for column in header]
-        for cells in filter(any, rows):  # not empty lines
-            row = dict(zip(columns, map(str.strip, cells)))
-            name = row["identity"]
-            if labels.setdefault(name, row) != row:
+        for cells in csv.DictReader(path.read_text("utf-8-sig").splitlines()):
+            row = {key.strip().lower(): text.strip() for key, text in cells.items()}
+            if labels.setdefault(row["identity"], row) != row:
+                name = row["identity"]
                 raise UserError(f"{path}: rows of {name} contradict each other")
     return labels
 
@@ -1249,10 +1241,13 @@ def gender_of(row):
     return GENDERS.get(row.get("gender", "").lower(), "")
 
 
-def list_clips(identity):
-    """The files of each clip folder of an identity: [(recordings, images), ...].
+def list_pairs(identity):
+    """Each recording of an identity, with its images: [(recording, images, timed), ...].
 
-    Recordings that differ in their ending only are one, of the first of SPEECH_ENDINGS.
+    They are the images of its clip folder or, where that has none, as in VoxCeleb with
+    VGGFace, all of the identity. timed: it is the one recording of its folder, so that
+    the images' names may tell moments. Recordings that differ in their ending only are
+    one, of the first of SPEECH_ENDINGS.
     """
     clips = []
     for clip in sorted(glob.glob(f"{glob.escape(str(identity))}/*/")):  # no hidden ones
@@ -1263,12 +1258,17 @@ def list_clips(identity):
             for file in files:
                 if file.suffix.lower() == ending:
                     recordings.setdefault(file.stem, file)
-        clips.append((list(recordings.values()), images))
-    if not any(recordings for recordings, _ in clips):
-        raise UserError(f"{identity}: no recording in its clip folders")
-    if not any(images for _, images in clips):
+        clips.append((recordings.values(), images))
+    everywhere = [image for _, images in clips for image in images]
+    if not everywhere:
         raise UserError(f"{identity}: no image in its clip folders")
-    return clips
+    pairs = []
+    for recordings, images in clips:
+        timed = bool(images) and len(recordings) == 1
+        pairs += [(file, images or everywhere, timed) for file in recordings]
+    if not pairs:
+        raise UserError(f"{identity}: no recording in its clip folders")
+    return pairs
 
 
 def image_time(image):
@@ -1413,20 +1413,10 @@ class PairDataset:
         return np.array(speech), np.array(faces), list(names), faults
 
     def load_pair(self, name, rng):
-        """Speech (T,) and a face (H, W, 3): a random recording, an image of its clip.
-
-        Where that clip has no image, as in VoxCeleb with VGGFace, any of the identity.
-        """
-        clips = list_clips(self.split.folder / name)
-        pairs = [(file, files, images) for files, images in clips for file in files]
-        recording, recordings, images = pick(pairs, rng)
-        moment = None
-        if images:
-            image = pick(images, rng)
-            if len(recordings) == 1:
-                moment = image_time(image)
-        else:
-            image = pick([image for _, others in clips for image in others], rng)
+        """Speech (T,) and a face (H, W, 3): a random recording, one of its images."""
+        recording, images, timed = pick(list_pairs(self.split.folder / name), rng)
+        image = pick(images, rng)
+        moment = image_time(image) if timed else None
         face = load_face(image, self.size)
         if self.training and rng.random() < 0.5:
             face = face[:, ::-1]  # [ours]
@@ -1468,86 +1458,89 @@ def check_data(args):
     """Read all files of a corpus; print what it holds, what is unused or wrong."""
     corpus = open_corpus(args.folder, dict.fromkeys(SPLITS, args.k))
     labels = read_labels(args.folder)
-    faults = 0
-    genders = Counter()
+    used = {Path(args.folder, "labels.csv")}
+    faults = []
     for split in corpus.values():
-        faults += check_split(split)
-        for name in split.names:
-            row = labels.pop(name, {})
-            genders[row.get("gender", ""), gender_of(row) or "unknown"] += 1
-    for (text, gender), count in genders.items():
-        print(f"{count} people of gender {text!r}: {gender}")
-    print_unused("rows of labels.csv", list(labels))
-    print(f"{faults} faults")
-    return int(faults > 0)
+        check_split(split, used, faults)
+        genders = Counter(
+            labels.pop(name, {}).get("gender", "") for name in split.names
+        )
+        for text, count in genders.items():
+            gender = gender_of({"gender": text}) or "unknown"
+            print(f"  {count} people of gender {text!r}: {gender}")
+    unused = {"rows of labels.csv": list(labels)} | list_unused(args.folder, used)
+    for kind, found in unused.items():
+        if found:
+            print(f"not used: {len(found)} {kind}, such as {min(found)}")
+    print(f"{len(faults)} faults")
+    return 1 if faults else 0
 
 
-def check_split(split):
-    """Print what a split holds, what is unused and each fault; return their number."""
-    held = Counter()
+def check_split(split, used, faults):
+    """Read a split's files and print what it holds; add to the used files, the faults."""
+    before = len(used)
+    seconds = []
     times = []
     for name in split.names:
-        with count_fault(held):
-            for recordings, images in list_clips(split.folder / name):
-                check_clip(recordings, images, held, times)
-    counts = f"{len(split.names)} identities, {held['recordings']} recordings "
-    counts += f"({held['seconds'] / 3600:.2f} h), {held['images']} images"
-    print(f"{split.folder.name}: {counts}, {len(times)} with a time", flush=True)
+        pairs = attempt(faults, list_pairs, split.folder / name) or []
+        for recording, images, timed in pairs:
+            speech = attempt(faults, load_speech, recording)
+            seconds.append(0 if speech is None else len(speech) / SAMPLE_RATE)
+            for image in set(images) - used:
+                moment = image_time(image) if timed else None
+                times += [] if moment is None else [moment]
+                attempt(faults, check_image, image, moment, seconds[-1])
+            used.update([recording, *images])
+    images = len(used) - before - len(seconds)
+    counts = f"{len(split.names)} identities, {len(seconds)} recordings "
+    counts += (
+        f"({sum(seconds) / 3600:.2f} h), {images} images, {len(times)} with a time"
+    )
     if times:
-        print(f"times: {min(times)} to {max(times)} s")
+        counts += f" ({min(times)} to {max(times)} s)"
+    print(f"{split.folder.name}: {counts}", flush=True)
+
+
+def attempt(faults, function, *args):
+    """function(*args), or None where it finds a fault, which is printed and noted."""
+    try:
+        return function(*args)
+    except (UserError, OSError) as fault:
+        print(f"fault: {fault}", flush=True)
+        faults.append(fault)
+
+
+def check_image(image, moment, end):
+    """Raise UserError for a faulty image, or a moment (s) without speech beside it.
+
+    end is the length (s) of its recording, 0 where that cannot be read.
+    """
+    load_face(image, MIN_SIDE)
+    if moment is None or end == 0:
+        return
+    if moment > end:
+        raise UserError(f"{image}: its recording ends at {end:.2f} s")
+    if max(moment, end - moment) < TIME_GUARD + MIN_SPEECH:
+        raise UserError(f"{image}: too little speech before and after it")
+
+
+def list_unused(data, used):
+    """The files of a corpus that are not in used: {kind: paths}."""
     unused = defaultdict(list)
 
     def cannot_open(error):
         unused["folders without permission"].append(Path(error.filename))
 
-    for parent, _, files in os.walk(split.folder, onerror=cannot_open):
-        depth = len(Path(parent).relative_to(split.folder).parts)
+    for parent, _, files in os.walk(data, onerror=cannot_open):
+        depth = len(Path(parent).relative_to(data).parts)
         for path in (Path(parent, file) for file in files if file[0] != "."):
             if not path.exists():
                 unused["links to nowhere"].append(path)
-            elif depth != 2:
-                unused["files outside of <identity>/<clip>/"].append(path)
-            elif path.suffix.lower() not in SPEECH_ENDINGS + IMAGE_ENDINGS:
+            elif path not in used and depth != 3:
+                unused["files outside of <split>/<identity>/<clip>/"].append(path)
+            elif path not in used:
                 unused[f"files of type {path.suffix or 'none'}"].append(path)
-    for kind, paths in unused.items():
-        print_unused(kind, paths)
-    return held["faults"]
-
-
-def print_unused(kind, found):
-    """Print how many of a kind nothing reads, and one of them."""
-    if found:
-        print(f"not used: {len(found)} {kind}, such as {min(found)}")
-
-
-@contextlib.contextmanager
-def count_fault(held):
-    """Print what is wrong inside, and count it."""
-    try:
-        yield
-    except (UserError, OSError) as fault:
-        print(f"fault: {fault}", flush=True)
-        held["faults"] += 1
-
-
-def check_clip(recordings, images, held, times):
-    """Read the files of a clip folder; count them and collect the images' times."""
-    end = math.inf
-    for recording in recordings:
-        with count_fault(held):
-            end = len(load_speech(recording)) / SAMPLE_RATE
-            held.update(recordings=1, seconds=end)
-    for image in images:
-        with count_fault(held):
-            load_face(image, MIN_SIDE)
-            held["images"] += 1
-            time = image_time(image)
-            if len(recordings) == 1 and time is not None:
-                times.append(time)
-                if time > end:
-                    raise UserError(f"{image}: its recording ends at {end:.2f} s")
-                if max(time, end - time) < TIME_GUARD + MIN_SPEECH:
-                    raise UserError(f"{image}: too little speech before and after it")
+    return unused
 
 
 # ==== 7. Synthetic people: voices by source and filter, drawn faces [all ours] ========
@@ -1559,11 +1552,7 @@ FACTORS = ("gender", *LINKED, "glasses", "hair", "skin", "background", "tilt")
 IDENTITIES = 2400  # of the default corpus
 CLIP_SECONDS = 6
 CLIP_IMAGES = 6
-VOWELS = (
-    np.array(  # Hz, formants of a, i, u: Peterson and Barney 1952; the fourth [ours]
-        [(730, 1090, 2440, 3400), (270, 2290, 3010, 3600), (300, 870, 2240, 3300)]
-    )
-)
+TUBE = (500, 1500, 2500, 3500)  # Hz, the resonances of an even tube of 17 cm
 SIDE = 128  # pixels of a face
 HAIR = [(36, 30, 34), (226, 180, 96)]  # from dark to fair
 SKIN = [(255, 218, 190), (134, 88, 62)]  # from light to dark
@@ -1631,15 +1620,9 @@ def synth_speech(voice, rng):
     source *= f / (f + 200) / (1 + 1j * f / 700)  # lips, throat
     source *= np.exp(4 * (build - 0.5) / (1 + (f / 400) ** 4))  # up to 17 dB of bass
 
-    formants = (VOWELS + 2 * VOWELS.mean(0)) / 3  # fluent speech stays near the mean
-    formants *= 1.35 - 0.7 * tract
-    vowel = rng.integers(len(VOWELS), size=count)[syllable]
-    speech = np.zeros(len(t))
-    for i, resonances in enumerate(formants):
-        spectrum = source
-        for r in resonances:  # each 80 Hz wide
-            spectrum = spectrum * (r**2 / (r**2 - f**2 + 80j * f))
-        speech += (vowel == i) * np.fft.irfft(spectrum)
+    for r in np.array(TUBE) * (1.35 - 0.7 * tract):  # a longer tube is lower
+        source *= r**2 / (r**2 - f**2 + 80j * f)  # each 80 Hz wide
+    speech = np.fft.irfft(source)
     speech = swell * (speech / speech.std() + breath)
     return np.int16(32767 * voice["loudness"] * speech / np.abs(speech).max())
 
@@ -1672,8 +1655,8 @@ def face_parts(face, mouth):
     rim = 0.16 + 0.05 * face["glasses"]
     parts = [
         (dark_hair, 0, 0.08, 0 if male else width + 0.2, 0.72),  # long hair
-        (CLOTHES, 0, 1.3, 0.4 + 0.7 * build, 0.64),
-        (shade, 0, 0.5, 0.11 + 0.24 * build, 0.36),  # neck
+        (CLOTHES, 0, 1.22, 0.35 + 0.85 * build, 0.7),
+        (shade, 0, 0.5, 0.11 + 0.22 * build, 0.36),  # neck
         (hair, 0, -0.15, width + 0.07, height),
         (skin, 0, 0.1 - 0.14 * age, width, height),
         (crease, 0, -0.36, 0.05 + 0.25 * age, 0.01 + 0.01 * age),  # on the forehead
@@ -1782,11 +1765,10 @@ MAY_CHANGE = {"out", "device", "workers", "save_every", "log_every", "resume"}
 
 def find_device(name):
     """The torch.device of this name; "auto" is a GPU where there is one."""
+    if torch.cuda.is_available():  # under torchrun each process has its own
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda":
-        # Under torchrun each process has its own.
-        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     with explain(f"--device {name}: not here, use cpu or auto"):
         return torch.zeros(1, device=name).device
 
@@ -1802,17 +1784,16 @@ class Run:
         self.cfg = cfg
         self.folder = Path(cfg.out)
         self.device = find_device(cfg.device)
-        self.rank = int(os.environ.get("RANK", "0"))
-        self.count = int(os.environ.get("WORLD_SIZE", "1"))
-        if self.rank == 0 and cfg.data == SYNTHETIC and not Path(cfg.data).exists():
+        if RANK == 0 and cfg.data == SYNTHETIC and not Path(cfg.data).exists():
             make_data(parse(["make-data", cfg.data]))
-        if self.count > 1:  # a day: the others wait while the first makes data or tests
+        if PROCESSES > 1:  # a day: the others wait while the first makes data or tests
             distributed.init_process_group(timeout=datetime.timedelta(days=1))
         self.corpus = open_corpus(cfg.data, {"train": cfg.batch, "val": 2, "test": 2})
         people = len(self.corpus["train"].names)
-        self.settings = {**vars(cfg), "processes": self.count, "people": people}
-        self.step = 0  # steps done so far
-        self.sums = Counter()
+        self.settings = {**vars(cfg), "processes": PROCESSES, "people": people}
+        self.step = 0  # steps done before
+        self.lines = []  # of the log
+        self.sums = Counter()  # of the values since the last line of the log
         self.since = time.monotonic()
         torch.manual_seed(cfg.seed)
 
@@ -1831,22 +1812,22 @@ class Run:
                     raise UserError(f"--resume: {last} is of a run with {key} {before}")
             restore(parts, state, last)
             self.step = state["step"]
-            if self.rank == 0:
-                cut_log(log, self.step)
+            self.lines = state["log"]
+            if RANK == 0:
+                log.write_text("".join(self.lines))  # what came later is logged again
             return state
-        if self.rank == 0:
+        if RANK == 0:
             make_folder(self.folder)
             try:
                 log.open("w" if self.cfg.resume else "x").close()
             except FileExistsError as error:
-                raise UserError(
-                    f"--out {self.folder}: holds a run; name another, or --resume it"
-                ) from error
+                problem = f"--out {self.folder}: holds a run; name another, or --resume"
+                raise UserError(problem) from error
         return {}
 
     def distribute(self, network):
         """The network to train with: under torchrun one that averages gradients."""
-        if self.count == 1:
+        if PROCESSES == 1:
             return network
         return nn.parallel.DistributedDataParallel(network)
 
@@ -1859,65 +1840,51 @@ class Run:
         seed = self.cfg.seed
         pairs = PairDataset(self.corpus["train"], cfg, self.cfg.batch, seed, True)
         steps = range(self.step, self.cfg.steps)
-        numbers = [step * self.count + self.rank for step in steps]
+        numbers = [step * PROCESSES + RANK for step in steps]
         batches = load_batches(pairs, numbers, self.cfg.workers, self.device)
         for number, (speech, faces, _) in zip(numbers, batches):
             rng = torch.Generator().manual_seed(seed * 2**32 + number)
-            yield number // self.count + 1, rng, speech, faces
+            yield number // PROCESSES + 1, rng, speech, faces
 
     def is_due(self, step, every):
         """True in the first process at each `every`-th step and at the last one."""
-        return self.rank == 0 and (step % every == 0 or step == self.cfg.steps)
+        return RANK == 0 and (step % every == 0 or step == self.cfg.steps)
 
     def log(self, step, **values):
         """Every --log-every steps print the means since, and add them to log.jsonl."""
-        self.sums.update(steps=1)
+        self.sums["steps"] += 1
         for name, value in values.items():
             self.sums[name] += value.detach()  # stays on the device
         if not self.is_due(step, self.cfg.log_every):
             return
         steps = self.sums.pop("steps")
         seconds = max(time.monotonic() - self.since, 1e-9)
-        line = {"step": step}
-        line |= {name: rounded(total / steps) for name, total in self.sums.items()}
-        line["clips_per_s"] = rounded(steps * self.cfg.batch * self.count / seconds)
+        line = {name: rounded(total / steps) for name, total in self.sums.items()}
+        line["clips_per_s"] = rounded(steps * self.cfg.batch * PROCESSES / seconds)
+        texts = [f"{name} {value}" for name, value in line.items()]
         left = (self.cfg.steps - step) * seconds / steps
-        print(
-            *(f"{name} {x} " for name, x in line.items()),
-            f"{left:.0f} s left",
-            flush=True,
-        )
+        print(f"step {step} ", "  ".join(texts), f" {left:.0f} s left", flush=True)
+        self.lines.append(json.dumps({"step": step, **line}) + "\n")
         path = self.folder / "log.jsonl"
         with explain(f"{path}: cannot be written"), path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(self.lines[-1])
         self.sums.clear()
         self.since = time.monotonic()
 
     def save(self, name, parts, step, **more):
         """Write to a temporary file, then rename it: a kill leaves no half checkpoint."""
         path = self.folder / name
-        state = {"settings": self.settings, "step": step, **more}
+        state = {"settings": self.settings, "step": step, "log": self.lines, **more}
         for key, part in parts.items():
             state[key] = part.state_dict()
-            weights = part.parameters() if isinstance(part, nn.Module) else []
-            if not all(weight.isfinite().all() for weight in weights):
-                raise UserError(
-                    f"step {step}: weights are NaN, the run diverged; try a lower --lr"
-                )
-        with explain(
-            f"{path}: cannot be written; the one before is whole: --resume it"
-        ):
+        if not all(x.isfinite().all() for x in parts["model"].state_dict().values()):
+            raise UserError(
+                f"step {step}: weights are NaN, the run diverged; try a lower --lr"
+            )
+        problem = f"{path}: cannot be written; the one before is whole: --resume it"
+        with explain(problem):
             torch.save(state, f"{path}.part")
             os.replace(f"{path}.part", path)
-
-
-def cut_log(path, step):
-    """Leave the whole lines of a log up to this step: the rest is logged again."""
-    kept = ""
-    for line in path.read_text().splitlines(keepends=True):
-        if line.endswith("\n") and json.loads(line)["step"] <= step:
-            kept += line
-    path.write_text(kept)
 
 
 def load_checkpoint(path, command, device):
@@ -1940,15 +1907,11 @@ def restore(parts, state, path):
 def load_model(path, command, device):
     """The trained networks of a checkpoint, in eval mode."""
     state = load_checkpoint(path, command, device)
-    cfg = argparse.Namespace(**state.get("match", state["settings"]))  # of stage one
-    speech_encoder, face_encoder = make_encoders(cfg, device)
-    parts = {"speech": speech_encoder.eval(), "face": face_encoder.eval()}
-    if command == "gan-train":
-        parts["g_ema"] = (
-            Generator(cfg.size, state["settings"]["width"]).to(device).eval()
-        )
-    restore(parts, state, path)
-    return Model(cfg, speech_encoder, face_encoder, parts.get("g_ema"), device)
+    settings = state["settings"]
+    cfg = argparse.Namespace(**state.get("match", settings))  # of stage one
+    model = Model(cfg, device, settings.get("width"))
+    restore({"model": model}, state, path)
+    return model.eval()
 
 
 def make_folder(path):
@@ -2076,16 +2039,14 @@ def parse(argv=None):
 
 def main(argv=None):
     """Run a command; exit code 0, 1 faulty corpus, 2 reported error, 130 Ctrl-C."""
-    if int(os.environ.get("RANK", "0")) > 0:
+    if RANK > 0:
         sys.stdout = None  # the first process speaks
     try:
         cfg = parse(argv)
         function, _ = COMMANDS[cfg.command]
         return function(cfg) or 0
-    except UserError as error:
+    except (UserError, OSError) as error:
         problem = error
-    except OSError as error:
-        problem = f"{error.filename or 'output'}: {error.strerror or error}"
     except KeyboardInterrupt:
         print("voice2face: stopped; --resume continues a training", file=sys.stderr)
         return 130
