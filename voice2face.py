@@ -56,7 +56,7 @@ Where this differs from the paper (the README's table has edits and measured eff
     - S is frozen in stage two; a running average of G's weights is what is tested.
     - Runs of a test draw windows, images and z anew, not the negatives alone.
     - Our text of the paper lacks its appendices and Eq. 1 and 3 to 6: sizes come from
-      the cited sources and the losses from the prose (see `relid_loss`).
+      the cited sources and the losses from the prose (see `gan_loss`).
     - The preset `small`, for two CPU cores: 1.5 s of speech, 64x64 pixels, a sinc layer
       of stride 8, narrower layers. The preset `paper` has the paper's sizes.
 """
@@ -79,6 +79,7 @@ import time
 import wave
 from collections import Counter, defaultdict, namedtuple
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -176,7 +177,7 @@ def hz_to_mel(hz):
     return 2595 * math.log10(1 + hz / 700)
 
 
-def scale_normalize(x, scale):
+def l2_normalize(x, scale):
     """Embeddings (B, D) of length scale; inner products: scale^2 cos(angle) [ours]."""
     return scale * F.normalize(x, dim=1)
 
@@ -221,7 +222,7 @@ class SpeechEncoder(nn.Module):
         loudness = x.square().mean(1, keepdim=True).sqrt()  # (B, 1)
         x = x / (loudness + SILENCE)  # SILENCE avoids 0/0
         x = self.body(x[:, None])  # (B, 1, T) -> (B, C, L)
-        return scale_normalize(self.head(x.mean(2)), self.scale)  # (B, C) -> (B, D)
+        return l2_normalize(self.head(x.mean(2)), self.scale)  # (B, C) -> (B, D)
 
 
 class DBlock(nn.Module):
@@ -278,7 +279,7 @@ class FaceEncoder(nn.Module):
         return self.head(self.features(faces))  # (B, C) -> (B, D)
 
     def forward(self, faces):
-        return scale_normalize(self.embed(faces), self.scale)
+        return l2_normalize(self.embed(faces), self.scale)
 
 
 def init_conv(module):
@@ -329,7 +330,7 @@ def top1(logits):
     So an encoder that always gives the same answer scores chance, not 100 %.
     """
     best = logits == logits.max(1, keepdim=True).values  # (B, K)
-    return best[:, 0] / best.sum(1)
+    return best[:, 0] / best.sum(1).clamp(min=1)  # none is, where logits are NaN
 
 
 # ==== 2. Generation: AdaIN generator, projection discriminator, losses [paper §3.2] ===
@@ -435,7 +436,7 @@ class Discriminator(nn.Module):
 
     def forward(self, faces):
         h = self.phi.features(faces)  # (B, 3, H, W) -> (B, C)
-        phi = scale_normalize(self.phi.head(h), self.phi.scale)  # (B, C) -> (B, D)
+        phi = l2_normalize(self.phi.head(h), self.phi.scale)  # (B, C) -> (B, D)
         variance = h.var(0, correction=0)  # (C,)
         std = torch.sqrt(variance + 1e-4)  # (C,); 1e-4 keeps its gradient finite [ours]
         psi = self.psi(torch.cat([h, std.expand_as(h)], dim=1))  # (B, 2C) -> (B, 1)
@@ -452,22 +453,23 @@ def logit(c, phi, psi):
     return inner(c, phi) + psi
 
 
-def rel_loss(g_real, g_fake):
-    """Eq. 4 in Eq. 6: -E log A(g(real, c+) - g(fake, c+)), A the sigmoid; (B,) -> ()."""
-    return -F.logsigmoid(g_real - g_fake).mean()
+def gan_loss(kind, c_pos, c_neg, winner, loser):
+    """Eq. 6, -E log A(g_rel) with the sigmoid A: D's and G's loss, -> ().
 
+    winner and loser are D's outputs, phi (B, D) and psi (B,), for two batches of faces,
+    x and y. For D the real faces win, for G the generated ones: the non-saturating form.
 
-def relid_loss(g_real, g_fake, match, mismatch):
-    """Eq. 5 in Eq. 6, the relidGAN loss; four times (B,) -> ().
+        Eq. 4, "rel":    g_rel = g(x, c+) - g(y, c+)
+        Eq. 5, "relid":  g_rel = g(x, c+) - g(y, c+) + <c+, phi(x)> - <c-, phi(x)>
 
-        -E log A(g(real, c+) - g(fake, c+) + <c+, phi(real)> - <c-, phi(real)>)
-
-    match is <c+, phi(real)>, mismatch is <c-, phi(real)>. They keep D asking who fits
-    whom, which phi would forget [paper §3.2]. That all terms share one sigmoid, as in
-    Eq. 4, is our reading. For G real and fake are swapped in all four, the
-    non-saturating form.
+    The terms that Eq. 5 adds keep D asking who fits whom, which phi would forget [paper
+    §3.2]. That all terms share one sigmoid, and are swapped for G, is our reading.
     """
-    return -F.logsigmoid(g_real - g_fake + match - mismatch).mean()
+    phi, _ = winner
+    g_rel = logit(c_pos, *winner) - logit(c_pos, *loser)  # (B,)
+    if kind == "relid":
+        g_rel = g_rel + inner(c_pos, phi) - inner(c_neg, phi)  # (B,)
+    return -F.logsigmoid(g_rel).mean()
 
 
 def r1_penalty(discriminator, real, c):
@@ -483,13 +485,18 @@ def r1_penalty(discriminator, real, c):
 
 # Settings, as --flag: (default, meaning); of several values the first is the default.
 SYNTHETIC = "data/synthetic"  # made where it is missing
-RUN_SETTINGS = {
-    "data": (SYNTHETIC, "corpus folder; this default is made if missing"),
-    "preset": (("small", "paper"), "sizes for two CPU cores, or the paper's"),
-    "seed": (0, "seed of all randomness"),
-    "device": ("auto", "cpu, cuda, cuda:1, ...; auto is cuda where there is one"),
+SEED = {"seed": (0, "seed of all randomness")}
+DEVICE = {"device": ("auto", "cpu, cuda, cuda:1, ...; auto is cuda where there is one")}
+TEST_SETTINGS = {
+    **SEED,
+    **DEVICE,
+    "data": (SYNTHETIC, "corpus folder; trainings make this default if it is missing"),
     "workers": (0, "loader processes; 0: this process loads"),
     "runs": (5, "runs of a test, each with fresh negatives [paper §4]"),
+}
+RUN_SETTINGS = {
+    **TEST_SETTINGS,
+    "preset": (("small", "paper"), "sizes for two CPU cores, or the paper's"),
     "val_clips": (2000, "clips of a validation at most [ours]"),
     "save_every": (100, "steps between checkpoints"),
     "log_every": (50, "steps between lines of the log"),
@@ -540,7 +547,7 @@ PAPER_PRESET = {  # sizes as in the sources above, the rest [ours]
 }
 DIRECTIONS = ("v-f", "f-v")
 MOMENTUM = 0.9  # of SGD [ours]
-MAX_NORM = 1.0  # match-train cuts longer gradients to this length [ours]
+GRAD_CLIP = 1.0  # match-train cuts longer gradients to this length [ours]
 WARM_UP = 0.1  # share of match-train's steps in which the learning rate rises [ours]
 BETAS = (0.0, 0.99)  # of Adam [paper §4]; the values: [StyleGAN]
 R1_EVERY = 16  # R1 is computed in each 16th step and counts 16 times [StyleGAN2]
@@ -597,7 +604,7 @@ def match_train(cfg):
         loss = match_loss(logits)  # Eq. 1: (B, K) -> ()
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
+        nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)
         optimizer.step()
         schedule.step()
 
@@ -614,21 +621,6 @@ def match_train(cfg):
     if RANK == 0:
         best_model = load_model(run.folder / "best.pt", "match-train", run.device)
         report(best_model, run.corpus["test"], cfg)
-
-
-def gan_loss(kind, c_pos, c_neg, winner, loser):
-    """Eq. 6 of (phi (B, D), psi (B,)) of two batches of faces, -> ().
-
-    It pushes the scores of the winner's faces above those of the loser's. For D the real
-    faces win, for G the generated ones: the non-saturating form. kind "relid" is Eq. 5,
-    "rel" is Eq. 4.
-    """
-    phi, _ = winner
-    g_winner = logit(c_pos, *winner)  # (B,)
-    g_loser = logit(c_pos, *loser)  # (B,)
-    if kind == "rel":
-        return rel_loss(g_winner, g_loser)
-    return relid_loss(g_winner, g_loser, inner(c_pos, phi), inner(c_neg, phi))
 
 
 def make_adam(network, lr, steps):
@@ -650,9 +642,16 @@ def gan_train(cfg):
     model.generator = average.module
     g_optimizer, g_schedule = make_adam(generator, cfg.lr, cfg.steps)
     d_optimizer, d_schedule = make_adam(discriminator, cfg.d_lr, cfg.steps)
-    parts = {"model": model, "average": average}
-    parts |= {"g": generator, "g_optimizer": g_optimizer, "g_schedule": g_schedule}
-    parts |= {"d": discriminator, "d_optimizer": d_optimizer, "d_schedule": d_schedule}
+    parts = {
+        "model": model,
+        "average": average,
+        "g": generator,
+        "g_optimizer": g_optimizer,
+        "g_schedule": g_schedule,
+        "d": discriminator,
+        "d_optimizer": d_optimizer,
+        "d_schedule": d_schedule,
+    }
     run.resume(parts)
     g_net = run.distribute(generator)
     d_net = run.distribute(discriminator)
@@ -685,10 +684,13 @@ def gan_train(cfg):
         g_schedule.step()
         average.update_parameters(generator)
 
-        match_real = inner(c_pos, d_real[0]).mean()  # <c+, phi(real)>
-        mismatch_real = inner(c_neg, d_real[0]).mean()  # <c-, phi(real)>
-        means = {"match_real": match_real, "mismatch_real": mismatch_real}
-        run.log(step, loss_d=loss_d, loss_g=loss_g, **means)
+        run.log(
+            step,
+            loss_d=loss_d,
+            loss_g=loss_g,
+            match_real=inner(c_pos, d_real[0]).mean(),  # <c+, phi(real)>
+            mismatch_real=inner(c_neg, d_real[0]).mean(),  # <c-, phi(real)>
+        )
         if run.is_due(step, cfg.eval_every):
             validate(model, run, step, runs=1)
             plot_figures(model, run.corpus["val"], run.folder / f"samples/{step:06}")
@@ -1054,7 +1056,7 @@ def plot_figures(model, split, folder, seed=0, columns=6):
     b = a.roll(-1)
     figures = defaultdict(list)  # of columns (R, 3, H, W)
     for i, t in enumerate(torch.linspace(0, 1, columns)):
-        figures["fig2"].append(model.generator(z[i].expand_as(c[a]), c[a]))
+        figures["fig2"].append(model.generator(z[i % len(z)].expand_as(c[a]), c[a]))
         figures["fig3"].append(model.generator(z[a], torch.lerp(c[a], c[b], t)))
         figures["fig4"].append(model.generator(torch.lerp(z[a], z[b], t), c[a]))
     figures["fig3"].append(faces[b])
@@ -1131,12 +1133,12 @@ def gan_test(args):
     for checkpoint in (judge, other):
         if checkpoint and checkpoint.cfg.size != model.cfg.size:
             raise UserError("--judge, --other: must have the --size of --gan")
+    corpus = open_corpus(args.data, {"train": 2, "test": 2})
     labels = read_labels(args.data)
     control = {}
-    if has_factors(labels, labels):
-        corpus = open_corpus(args.data, {"train": 2, "test": 2})
+    if has_factors(labels, np.concatenate([part.names for part in corpus.values()])):
         control = control_scores(model, corpus, labels)
-    split = open_corpus(args.data, {"test": 2})["test"]
+    split = corpus["test"]
     page = f"# {args.gan}\n\n" + report(model, split, args, judge, other, control)
     plot_figures(model, split, Path(args.out), args.seed)
     for number in range(2, 7):
@@ -1251,7 +1253,7 @@ def list_pairs(identity):
     """
     clips = []
     for clip in sorted(glob.glob(f"{glob.escape(str(identity))}/*/")):  # no hidden ones
-        files = [Path(clip, name) for name in sorted(glob.glob("*", root_dir=clip))]
+        files = sorted(Path(clip).glob("[!.]*"))
         images = [file for file in files if file.suffix.lower() in IMAGE_ENDINGS]
         recordings = {}
         for ending in SPEECH_ENDINGS:
@@ -1375,6 +1377,7 @@ def to_faces(images):
     return images.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
+@dataclass
 class PairDataset:
     """Batches of pairs of different identities; each depends on seed and number alone.
 
@@ -1384,13 +1387,11 @@ class PairDataset:
     comes, in order.
     """
 
-    def __init__(self, split, cfg, batch, seed, training=False):
-        self.split = split
-        self.size = cfg.size
-        self.seconds = cfg.seconds if training else SPEECH_SECONDS
-        self.batch = batch
-        self.seed = seed
-        self.training = training
+    split: Split
+    cfg: argparse.Namespace
+    batch: int
+    seed: int
+    training: bool = False
 
     def __getitem__(self, number):
         rng = np.random.default_rng([self.seed, number])
@@ -1417,10 +1418,11 @@ class PairDataset:
         recording, images, timed = pick(list_pairs(self.split.folder / name), rng)
         image = pick(images, rng)
         moment = image_time(image) if timed else None
-        face = load_face(image, self.size)
+        face = load_face(image, self.cfg.size)
         if self.training and rng.random() < 0.5:
             face = face[:, ::-1]  # [ours]
-        return load_speech(recording, self.seconds, rng, moment), face
+        seconds = self.cfg.seconds if self.training else SPEECH_SECONDS
+        return load_speech(recording, seconds, rng, moment), face
 
 
 def load_batches(pairs, numbers, workers, device):
@@ -1435,23 +1437,13 @@ def load_batches(pairs, numbers, workers, device):
         num_workers=workers,
         timeout=LOADER_TIMEOUT if workers else 0,
     )
-    try:
-        for speech, faces, names, faults in loader:
-            for fault in faults:
-                print(f"warning: left out: {fault}", file=sys.stderr)
-            if pairs.training and len(names) < pairs.batch:
-                raise UserError(
-                    f"too many unreadable files (run check-data): {faults[-1:]}"
-                )
-            if names:
-                yield speech.to(device), to_faces(faces.to(device)), names
-    except RuntimeError as error:
-        if "DataLoader" not in str(error):
-            raise
-        raise UserError(
-            f"--workers {workers}: a loader process died or hangs; use fewer, or give "
-            "more memory to /dev/shm (docker: --shm-size)"
-        ) from error
+    for speech, faces, names, faults in loader:
+        for fault in faults:
+            print(f"warning: left out: {fault}", file=sys.stderr)
+        if pairs.training and len(names) < pairs.batch:
+            raise UserError(f"too many unreadable files (check-data): {faults[-1:]}")
+        if names:
+            yield speech.to(device), to_faces(faces.to(device)), names
 
 
 def check_data(args):
@@ -1587,7 +1579,7 @@ def sample_face(voice, rng):
     return face
 
 
-def level(x):
+def normal_cdf(x):
     """The standard normal's distribution function: normal numbers become uniform."""
     return 0.5 + 0.5 * math.erf(x / math.sqrt(2))
 
@@ -1598,9 +1590,7 @@ def synth_speech(voice, rng):
     Gender sets the pitch. With age it falls and breath joins. A long tract lowers the
     resonances, a sturdy build adds bass. One syllable in seven is a pause.
     """
-    age = level(voice["voice_age"])
-    tract = level(voice["voice_tract"])
-    build = level(voice["voice_build"])
+    age, tract, build = (normal_cdf(voice["voice_" + name]) for name in LINKED)
     t = np.arange(CLIP_SECONDS * SAMPLE_RATE) / SAMPLE_RATE  # (samples,), s
     count = int(2 * CLIP_SECONDS * voice["tempo"])  # syllables, more than fit
     starts = np.cumsum(rng.uniform(0.7, 1.3, count)) / voice["tempo"]  # s
@@ -1627,7 +1617,7 @@ def synth_speech(voice, rng):
     return np.int16(32767 * voice["loudness"] * speech / np.abs(speech).max())
 
 
-def mix(first, second, t):
+def blend(first, second, t):
     """The colour at t in 0 ... 1 between two colours."""
     return tuple(int(a + t * (b - a)) for a, b in zip(first, second))
 
@@ -1640,14 +1630,12 @@ def face_parts(face, mouth):
     tract in a long head; build in neck and shoulders.
     """
     male = face["gender"]
-    age = level(face["age"])
-    tract = level(face["tract"])
-    build = level(face["build"])
-    skin = mix(*SKIN, face["skin"])
-    shade = mix(skin, INK, 0.2)
-    crease = mix(skin, INK, 0.5 * age)
-    hair = mix(mix(*HAIR, face["hair"]), WHITE, 0.5 * age**2)
-    dark_hair = mix(hair, INK, 0.3)
+    age, tract, build = (normal_cdf(face[name]) for name in LINKED)
+    skin = blend(*SKIN, face["skin"])
+    shade = blend(skin, INK, 0.2)
+    crease = blend(skin, INK, 0.5 * age)
+    hair = blend(blend(*HAIR, face["hair"]), WHITE, 0.5 * age**2)
+    dark_hair = blend(hair, INK, 0.3)
     width = 0.62 - 0.28 * tract
     height = 0.46 + 0.24 * tract
     lips = 0.22 + 0.19 * tract
@@ -1661,7 +1649,7 @@ def face_parts(face, mouth):
         (skin, 0, 0.1 - 0.14 * age, width, height),
         (crease, 0, -0.36, 0.05 + 0.25 * age, 0.01 + 0.01 * age),  # on the forehead
         (shade, 0, 0.06 + 0.12 * tract, 0.07, 0.06),  # nose
-        (mix(skin, LIPS, 0.4 if male else 0.9), 0, lips, 0.2, 0.07 + 0.06 * mouth),
+        (blend(skin, LIPS, 0.4 if male else 0.9), 0, lips, 0.2, 0.07 + 0.06 * mouth),
         (skin, 0, lips - 0.05, 0.22, 0.06),  # leaves a smile of the lips
     ]
     for x in (-0.21, 0.21):
@@ -1677,7 +1665,7 @@ def face_parts(face, mouth):
 
 def draw_face(face, mouth):
     """An image (PIL, SIDE x SIDE) of a face, its mouth open by 0 ... 1."""
-    background = mix(*BACKGROUND, face["background"])
+    background = blend(*BACKGROUND, face["background"])
     image = Image.new("RGB", (2 * SIDE, 3 * SIDE), background)  # with room to tilt
     draw = ImageDraw.Draw(image)
     for color, x, y, rx, ry in face_parts(face, mouth):
@@ -1726,8 +1714,8 @@ def write_person(data, seed, i, split):
     with wave.open(str(folder / "speech.wav"), "wb") as file:
         file.setparams((1, 2, SAMPLE_RATE, 0, "NONE", ""))  # one channel of 2 bytes
         file.writeframes(synth_speech(voice, rng).tobytes())
-    for moment in rng.choice(1000 * CLIP_SECONDS, CLIP_IMAGES, replace=False):  # ms
-        draw_face(face, rng.random()).save(folder / f"{moment}.jpg", quality=92)
+    for ms in rng.choice(1000 * CLIP_SECONDS, CLIP_IMAGES, replace=False):
+        draw_face(face, rng.random()).save(folder / f"{ms}.jpg", quality=92)
     factors = {key: round(x, 4) for key, x in (voice | face).items()}
     return {"identity": name, "split": split, "link": LINK, **factors}
 
@@ -1741,9 +1729,8 @@ def make_data(args):
         raise UserError(f"--identities {args.identities}: must be at least 30")
     val = max(10, round(0.06 * args.identities))
     test = max(10, round(0.14 * args.identities))
-    splits = (
-        ["train"] * (args.identities - val - test) + ["val"] * val + ["test"] * test
-    )
+    train = args.identities - val - test
+    splits = ["train"] * train + ["val"] * val + ["test"] * test
     with tempfile.TemporaryDirectory(dir=make_folder(data.parent)) as scratch:
         part = Path(scratch, data.name)
         write = functools.partial(write_person, part, args.seed)
@@ -1765,11 +1752,11 @@ MAY_CHANGE = {"out", "device", "workers", "save_every", "log_every", "resume"}
 
 def find_device(name):
     """The torch.device of this name; "auto" is a GPU where there is one."""
-    if torch.cuda.is_available():  # under torchrun each process has its own
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     with explain(f"--device {name}: not here, use cpu or auto"):
+        if name == "cuda":  # under torchrun each process has its own
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         return torch.zeros(1, device=name).device
 
 
@@ -1923,16 +1910,7 @@ def make_folder(path):
 
 # ==== 9. Command line =================================================================
 
-SEED = RUN_SETTINGS["seed"]
-DEVICE = RUN_SETTINGS["device"]
 GAN = ("runs/gan/last.pt", "checkpoint of gan-train")
-TEST_SETTINGS = {
-    "data": (SYNTHETIC, "corpus folder"),
-    "seed": SEED,
-    "device": DEVICE,
-    "workers": RUN_SETTINGS["workers"],
-    "runs": RUN_SETTINGS["runs"],
-}
 COMMANDS = {
     "match-train": (match_train, MATCH_SETTINGS),
     "gan-train": (gan_train, GAN_SETTINGS),
@@ -1964,8 +1942,8 @@ COMMANDS = {
             "speech": (None, "recordings"),
             "gan": GAN,
             "n": (8, "faces per recording"),
-            "seed": SEED,
-            "device": DEVICE,
+            **SEED,
+            **DEVICE,
             "out": ("faces.png", "NAME.png: a labelled grid; else a folder of PNGs"),
         },
     ),
@@ -1973,7 +1951,7 @@ COMMANDS = {
         make_data,
         {
             "folder": (None, "where to write the corpus"),
-            "seed": SEED,
+            **SEED,
             "identities": (IDENTITIES, "people; 0.06 of them validate, 0.14 test"),
         },
     ),
@@ -2051,9 +2029,15 @@ def main(argv=None):
         print("voice2face: stopped; --resume continues a training", file=sys.stderr)
         return 130
     except (MemoryError, RuntimeError) as error:
-        if not re.search("MemoryError|allocate memory", repr(error)):
+        if "DataLoader" in str(error):
+            problem = (
+                "a loader process died or hangs: try fewer --workers, or give more "
+            )
+            problem += "memory to /dev/shm (docker: --shm-size)"
+        elif re.search("MemoryError|allocate memory", repr(error)):
+            problem = "out of memory: try smaller sizes, fewer clips or faces at once"
+        else:
             raise
-        problem = "out of memory, try less at once: smaller sizes, fewer clips or faces"
     print(f"voice2face: error: {problem}", file=sys.stderr)
     return 2
 
