@@ -642,16 +642,9 @@ def gan_train(cfg):
     model.generator = average.module
     g_optimizer, g_schedule = make_adam(generator, cfg.lr, cfg.steps)
     d_optimizer, d_schedule = make_adam(discriminator, cfg.d_lr, cfg.steps)
-    parts = {
-        "model": model,
-        "average": average,
-        "g": generator,
-        "g_optimizer": g_optimizer,
-        "g_schedule": g_schedule,
-        "d": discriminator,
-        "d_optimizer": d_optimizer,
-        "d_schedule": d_schedule,
-    }
+    parts = {"model": model, "average": average, "g": generator, "d": discriminator}
+    parts |= {"g_optimizer": g_optimizer, "g_schedule": g_schedule}
+    parts |= {"d_optimizer": d_optimizer, "d_schedule": d_schedule}
     run.resume(parts)
     g_net = run.distribute(generator)
     d_net = run.distribute(discriminator)
@@ -684,13 +677,10 @@ def gan_train(cfg):
         g_schedule.step()
         average.update_parameters(generator)
 
-        run.log(
-            step,
-            loss_d=loss_d,
-            loss_g=loss_g,
-            match_real=inner(c_pos, d_real[0]).mean(),  # <c+, phi(real)>
-            mismatch_real=inner(c_neg, d_real[0]).mean(),  # <c-, phi(real)>
-        )
+        match_real = inner(c_pos, d_real[0]).mean()  # <c+, phi(real)>
+        mismatch_real = inner(c_neg, d_real[0]).mean()  # <c-, phi(real)>
+        means = {"match_real": match_real, "mismatch_real": mismatch_real}
+        run.log(step, loss_d=loss_d, loss_g=loss_g, **means)
         if run.is_due(step, cfg.eval_every):
             validate(model, run, step, runs=1)
             plot_figures(model, run.corpus["val"], run.folder / f"samples/{step:06}")
