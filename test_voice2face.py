@@ -286,6 +286,7 @@ def test_match_loss_is_equation_1():
 def test_equally_good_candidates_share_a_hit():
     logits = torch.tensor([[5, 1, 2, 3], [1, 2, 0, 0], [2, 1, 2, 0], [1, 1, 1, 1]])
     assert v.top1(logits).tolist() == [1, 0, 0.5, 0.25]
+    assert v.top1(math.nan * logits).tolist() == [0, 0, 0, 0]
 
 
 def test_adain_gives_mean_and_deviation_of_the_style():
@@ -825,6 +826,13 @@ def test_report_shows_all_metrics_and_figures(corpus, match_run, gan_run, tmp_pa
         assert Image.open(tmp_path / f"fig{number}.png").size > (300, 300)
 
 
+def test_figures_of_two_people(plain, gan_run, tmp_path):
+    model = v.load_model(gan_run / "last.pt", "gan-train", CPU)
+    split = v.subsample(v.open_corpus(plain, {"val": 2})["val"], 2)
+    v.plot_figures(model, split, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 5
+
+
 def test_generate_draws_a_grid_or_a_file_for_each_face(gan_run, tmp_path):
     """For two recordings: one in stereo, one short and of a low rate."""
     paths = [tmp_path / "stereo.wav", tmp_path / "短い.wav"]
@@ -1174,14 +1182,16 @@ match-train --seconds nan => --seconds nan: must be at least 0
 match-train --size 48 => argument --size: invalid choice
 match-train --device cuda:77 => --device cuda:77: not here, use cpu or auto
 match-train --out {match} => holds a run; name another, or --resume
+match-train --out {mess}/swap => holds a run; name another, or --resume
 match-train --out {match} --lr 0.1 --resume => last.pt .* lr 0.02
 match-train --out {mess}/grown --resume => last.pt .* people 61
 match-train --out {mess}/cut --resume => last.pt: no checkpoint, or damaged
 match-train --out {mess}/swap --resume => last.pt: not whole, or of another version
 match-train --out {mess}/column/labels.csv/x => Not a directory: .*labels.csv
-match-train --out {mess}/big --speech-width 2000000 => out of memory, try less at once
+match-train --out {mess}/big --speech-width 2000000 => out of memory: try smaller sizes
 match-train --data {mess}/broken => too many unreadable files
 match-train --data {mess}/few => val: too few people can be read
+gan-train --ema-decay 1.5 => --ema-decay 1.5: must be at most 1
 gan-train --match {gan}/last.pt => a checkpoint of gan-train, one of match-train is
 gan-test --gan {match}/best.pt => a checkpoint of match-train, one of gan-train is
 generate {mess}/quiet.wav --gan {gan}/last.pt => quiet.wav: silent

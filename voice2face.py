@@ -45,13 +45,13 @@ Sources
     Karras et al. 2019, 2020; [R1] Mescheder et al. 2018; or it is [ours].
 
 Where this differs from the paper (the README's table has edits and measured effects)
-    - All embeddings have one length: the direction that was not trained matches better.
+    - Embeddings are L2-normalised to one length: it improves the untrained direction.
     - The waveform's offset is subtracted, its loudness divided out: the microphone's.
     - A clip's negatives are other clips of its batch, so each clip is encoded once.
     - Images are flipped at random in training; the pair that validates best is kept.
-    - AdaIN's style is [z, c] with c of length 1: else z loses background and glasses.
-    - psi reads the features under phi(f), and their std over the batch [StyleGAN2].
-    - G convolves before it up-samples, bilinearly: SNGAN's order costs 1.5 times G's time.
+    - AdaIN's style is [z, c] with c of length 1, or z loses background and glasses.
+    - psi reads F's pooled features, not phi(f), and their std over the batch.
+    - G up-samples after its convolution; before, as in SNGAN, takes 1.5 times as long.
     - F has no spectral norm [SNGAN]: R1 restrains D. R1 is lazy [StyleGAN2].
     - S is frozen in stage two; a running average of G's weights is what is tested.
     - Runs of a test draw windows, images and z anew, not the negatives alone.
@@ -109,7 +109,8 @@ def explain(problem):
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{problem}: {error!r}") from error
+        reason = " ".join(str(error).split())  # in one line
+        raise UserError(f"{problem}: {type(error).__name__} {reason}") from error
 
 
 # ==== 1. Inference: two encoders and the K-way loss [paper §3.1] ======================
@@ -392,8 +393,7 @@ class Generator(nn.Module):
 
     A linear map of [z, c] to 4x4 positions, blocks that double the side, tanh [SNGAN];
     AdaIN in each layer [paper §3.2]. [SNGAN] has size 128 and width 64. c is scaled to
-    length 1 [ours]: its variance lies in few directions, each of which then varies about
-    as much as one coordinate of z.
+    length 1 [ours], so that it does not outweigh z.
     """
 
     def __init__(self, size=128, width=64):
@@ -634,6 +634,8 @@ def gan_train(cfg):
     """Train G and D [paper §3.2]; test with the running average of G's weights."""
     if cfg.batch < 2:
         raise UserError("--batch 1: must be at least 2, for c- is of another identity")
+    if cfg.ema_decay > 1:
+        raise UserError(f"--ema-decay {cfg.ema_decay}: must be at most 1")
     run = Run(cfg)
     model = load_model(cfg.match, "match-train", run.device)
     generator = Generator(model.cfg.size, cfg.width).to(run.device)
@@ -737,13 +739,14 @@ def embed_split(model, judge, other, split, seed, cfg, labels):
 def k_way(speech, faces, genders, seed):
     """Tables 1 and 2: percent right, {"v-f/2": ...}, of embeddings (N, D).
 
-    With /gender wrong answers have the right one's gender. Fewer than K people: no
-    score.
+    With /gender the negatives have the positive's gender. Without K people of each
+    gender there is no score.
     """
     rng = torch.Generator().manual_seed(seed)
     alike = [np.flatnonzero(genders == gender) for gender in sorted({*genders} - {""})]
+    tests = {"": [np.arange(len(genders))], "/gender": alike}
     scores = {}
-    for suffix, groups in (("", [np.arange(len(genders))]), ("/gender", alike)):
+    for suffix, groups in tests.items():
         for direction, k in itertools.product(DIRECTIONS, (2, 10)):
             if min(map(len, groups), default=0) < k:
                 continue
@@ -844,6 +847,7 @@ def oracle_scores(people, genders, seed):
     f = factor_values(people, LINKED)  # (P, 3)
     gender = 2 * factor_values(people, ["gender"]) - 1  # (P, 1)
     one = torch.ones_like(v)  # (P, 3)
+    # 1000 for the same gender, -1000 for the other
     voices = torch.cat([a * v, -b * v**2, one, 1000 * gender], dim=1)  # (P, 10)
     faces = torch.cat([f, one, -b * f**2, gender], dim=1)  # (P, 10)
     scores = k_way(voices, faces, genders, seed)
@@ -1019,7 +1023,7 @@ def plot_scatter(path, couples, side=400, margin=50):
         draw.text((margin - 16, low - place - 6), str(tick), "black")
     colors = ("gray", "steelblue", "darkorange")
     for i, (kind, (x, y)) in enumerate(couples.items()):
-        draw.text((margin + 100 * (i + 1), 8), f"{kind} gender", colors[i])
+        draw.text((margin + 110 * (i + 1), 8), f"gender: {kind}", colors[i])
         for a, b in zip(margin + x * side / 2, low - y * side / 2):
             draw.ellipse((a - 2, b - 2, a + 2, b + 2), fill=colors[i])
     sheet.save(path)
@@ -1220,7 +1224,8 @@ def read_labels(data):
     if not path.exists():
         return labels
     with explain(f"{path}: must be CSV in UTF-8 with a column 'identity'"):
-        for cells in csv.DictReader(path.read_text("utf-8-sig").splitlines()):
+        lines = path.read_text("utf-8-sig").splitlines()
+        for cells in csv.DictReader(lines, skipinitialspace=True):
             row = {key.strip().lower(): text.strip() for key, text in cells.items()}
             if labels.setdefault(row["identity"], row) != row:
                 name = row["identity"]
@@ -1278,7 +1283,7 @@ def read_audio(path):
                 channels = header.getnchannels()
                 raw = file.read()  # all that follows: the header's length may be wrong
                 size = 2 * channels * header.getnframes()
-                if size and re.fullmatch(rb"[\w ]{4}", raw[size : size + 4]):
+                if size and re.match(rb"[\w ]{4}|ID3|TAG", raw[size : size + 4]):
                     raw = raw[:size]  # another chunk follows
             frames = len(raw) // (2 * channels)
             x = np.frombuffer(raw, "<i2", frames * channels).reshape(frames, channels)
@@ -1795,10 +1800,12 @@ class Run:
             return state
         if RANK == 0:
             make_folder(self.folder)
+            problem = f"--out {self.folder}: holds a run; name another, or --resume"
+            if not self.cfg.resume and any(self.folder.glob("*.pt")):
+                raise UserError(problem)
             try:
                 log.open("w" if self.cfg.resume else "x").close()
             except FileExistsError as error:
-                problem = f"--out {self.folder}: holds a run; name another, or --resume"
                 raise UserError(problem) from error
         return {}
 
@@ -1886,7 +1893,8 @@ def load_model(path, command, device):
     state = load_checkpoint(path, command, device)
     settings = state["settings"]
     cfg = argparse.Namespace(**state.get("match", settings))  # of stage one
-    model = Model(cfg, device, settings.get("width"))
+    with explain(f"{path}: of another version of this file; train anew"):
+        model = Model(cfg, device, settings.get("width"))
     restore({"model": model}, state, path)
     return model.eval()
 
@@ -1963,9 +1971,14 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
+def flag_of(name):
+    """The flag of a setting: --log-every for log_every."""
+    return "-n" if name == "n" else "--" + name.replace("_", "-")
+
+
 def add_setting(parser, name, default, meaning):
     """Add a setting to a parser: as a flag, or by position if it has no default."""
-    flag = "-n" if name == "n" else "--" + name.replace("_", "-")
+    flag = flag_of(name)
     if default is None:
         parser.add_argument(name, nargs="+" if name == "speech" else None, help=meaning)
     elif default is False:
@@ -1984,7 +1997,8 @@ def check_numbers(cfg):
         value = getattr(cfg, name)
         least = int(type(default) is int and default > 0)
         if isinstance(value, (int, float)) and not least <= value < 2**32:
-            raise UserError(f"--{name} {value}: must be at least {least}, below 2^32")
+            flag = flag_of(name)
+            raise UserError(f"{flag} {value}: must be at least {least}, below 2^32")
 
 
 def parse(argv=None):
