@@ -199,17 +199,9 @@ class SpeechEncoder(nn.Module):
         channels = width
         for kernel, stride, units in PASE_LAYERS:
             out = units * width
-            padding = (kernel - 1) // 2
             layers += [
-                nn.Conv1d(
-                    channels,
-                    out,
-                    kernel,
-                    stride,
-                    padding,
-                    bias=False,
-                    padding_mode="reflect",
-                ),
+                nn.ReflectionPad1d((kernel - 1) // 2),
+                nn.Conv1d(channels, out, kernel, stride, bias=False),
                 nn.BatchNorm1d(out),
                 nn.PReLU(out, init=0.0),  # [PASE]
             ]
@@ -1049,7 +1041,8 @@ def plot_figures(model, split, folder, seed=0, columns=6):
     a = torch.linspace(0, len(c) - 1, 6).long()  # (R,), the people that are shown
     b = a.roll(-1)
     figures = defaultdict(list)  # of columns (R, 3, H, W)
-    for i, t in enumerate(torch.linspace(0, 1, columns)):
+    for i in range(columns):
+        t = i / (columns - 1)  # from 0 to 1
         figures["fig2"].append(model.generator(z[i % len(z)].expand_as(c[a]), c[a]))
         figures["fig3"].append(model.generator(z[a], torch.lerp(c[a], c[b], t)))
         figures["fig4"].append(model.generator(torch.lerp(z[a], z[b], t), c[a]))
@@ -1098,10 +1091,8 @@ def report(model, split, cfg, judge=None, other=None, control=()):
     metrics |= control
     path = make_folder(cfg.out) / "metrics.json"
     path.write_text(json.dumps(metrics, indent=1) + "\n")
-    text = (
-        "{data}/{split}: {people} people, {left_out} left out; {runs} runs, ± std\n\n"
-    )
-    text = text.format(**metrics)
+    text = "{data}/{split}: {people} people, {left_out} left out; {runs} runs, ± std"
+    text = text.format(**metrics) + "\n\n"
     kinds = {kind: kind + "/{}" for kind in KINDS}
     kinds["generated" if model.generator else "real"] = "{}"
     text += make_table(metrics | PAPER_RESULTS, rows, kinds)
