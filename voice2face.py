@@ -54,6 +54,7 @@ Where this differs from the paper (the README's table has edits and measured eff
     - G up-samples after its convolution; before, as in SNGAN, takes 1.5 times as long.
     - F has no spectral norm [SNGAN]: R1 restrains D. R1 is lazy [StyleGAN2].
     - S is frozen in stage two; a running average of G's weights is what is tested.
+    - G's step takes the scores of real faces from D's step, before D has learned.
     - Runs of a test draw windows, images and z anew, not the negatives alone.
     - Our text of the paper lacks its appendices and Eq. 1 and 3 to 6: sizes come from
       the cited sources and the losses from the prose (see `gan_loss`).
@@ -138,8 +139,8 @@ class SincConv(nn.Module):
         g(t) = 2 high sinc(2 high t) - 2 low sinc(2 low t),   sinc(x) = sin(pi x) / (pi x),
 
     times a Hamming window, divided by 2 (high - low) so that its centre is 1. The
-    cut-offs start evenly spaced on the mel scale. kernel_size is odd, so that there is
-    a centre.
+    cut-offs start about evenly spaced on the mel scale. kernel_size is odd, so that
+    there is a centre.
     """
 
     def __init__(self, channels, kernel_size=251, stride=1):
@@ -335,8 +336,7 @@ class AdaIN(nn.Module):
         AdaIN(x, y) = (1 + scale(y)) (x - mean(x)) / std(x) + shift(y)
 
     mean and std are over H and W; scale and shift are linear in the style y = [z, c].
-    Normalisation removes each channel's mean, and so any colour that z set in an earlier
-    layer: the style holds z as well as c [ours].
+    The style holds z as well as c [ours], so that z can set colours in every layer.
     """
 
     def __init__(self, channels):
@@ -441,7 +441,10 @@ def inner(c, phi):
 
 
 def logit(c, phi, psi):
-    """Eq. 2: g(f, c) = <c, phi(f)> + psi(f); Eq. 3 with c = S(s), phi from F; (B,)."""
+    """Eq. 2: g(f, c) = <c, phi> + psi, -> (B,). The paper's psi reads phi [ours].
+
+    In Eq. 3 c is S(s) and phi starts as F.
+    """
     return inner(c, phi) + psi
 
 
@@ -639,6 +642,7 @@ def gan_train(cfg):
     parts = {"model": model, "average": average, "g": generator, "d": discriminator}
     parts |= {"g_optimizer": g_optimizer, "g_schedule": g_schedule}
     parts |= {"d_optimizer": d_optimizer, "d_schedule": d_schedule}
+    run.settings["stage_one"] = vars(model.cfg)
     run.resume(parts)
     g_net = run.distribute(generator)
     d_net = run.distribute(discriminator)
@@ -671,15 +675,13 @@ def gan_train(cfg):
         g_schedule.step()
         average.update_parameters(generator)
 
-        match_real = inner(c_pos, d_real[0]).mean()  # <c+, phi(real)>
-        mismatch_real = inner(c_neg, d_real[0]).mean()  # <c-, phi(real)>
-        means = {"match_real": match_real, "mismatch_real": mismatch_real}
-        run.log(step, loss_d=loss_d, loss_g=loss_g, **means)
+        identity = inner(c_pos - c_neg, d_real[0]).mean()  # D asks who fits whom: > 0
+        run.log(step, loss_d=loss_d, loss_g=loss_g, identity=identity)
         if run.is_due(step, cfg.eval_every):
             validate(model, run, step, runs=1)
             plot_figures(model, run.corpus["val"], run.folder / f"samples/{step:06}")
         if run.is_due(step, cfg.save_every):
-            run.save("last.pt", parts, step, match=vars(model.cfg))
+            run.save("last.pt", parts, step)
     if RANK == 0:
         report(model, run.corpus["test"], cfg)
 
@@ -771,7 +773,7 @@ def cosine_distances(c, faces, genders, seed):
     same = genders == genders[other]  # (N,)
     known = (genders != "") & (genders[other] != "")  # (N,)
     couples = {"all": np.full(len(c), True)}
-    if known.any():
+    if (genders != "").any():
         couples |= {"different": known & ~same, "same": known & same}
     return {name: (cd_c[rows], cd_faces[rows]) for name, rows in couples.items()}
 
@@ -822,7 +824,7 @@ def score_faces(c, faces, kind, genders, seed):
 
 
 def oracle_scores(people, genders, seed):
-    """The scores of an observer who knows every factor: no encoder beats them.
+    """The scores of an observer who knows every factor: no encoder expects better.
 
     For standard normals v, f of correlation r the best score for Eq. 1 is
 
@@ -842,8 +844,7 @@ def oracle_scores(people, genders, seed):
     # 1000 for the same gender, -1000 for the other
     voices = torch.cat([a * v, -b * v**2, one, 1000 * gender], dim=1)  # (P, 10)
     faces = torch.cat([f, one, -b * f**2, gender], dim=1)  # (P, 10)
-    scores = k_way(voices, faces, genders, seed)
-    return scores | recall("retrieval/cosine", -voices[:GALLERY] @ faces[:GALLERY].T)
+    return k_way(voices, faces, genders, seed)
 
 
 def evaluate(model, split, cfg, runs, labels, judge=None, other=None):
@@ -1216,10 +1217,12 @@ def read_labels(data):
         return labels
     with explain(f"{path}: must be CSV in UTF-8 with a column 'identity'"):
         lines = path.read_text("utf-8-sig").splitlines()
-        for cells in csv.DictReader(lines, skipinitialspace=True):
-            row = {key.strip().lower(): text.strip() for key, text in cells.items()}
-            if labels.setdefault(row["identity"], row) != row:
-                name = row["identity"]
+        header, *rows = csv.reader(lines, skipinitialspace=True)
+        columns = [column.strip().lower() for column in header]
+        for cells in filter(any, rows):  # not empty lines
+            row = dict(zip(columns, map(str.strip, cells)))
+            name = row["identity"]
+            if gender_of(labels.setdefault(name, row)) != gender_of(row):
                 raise UserError(f"{path}: rows of {name} contradict each other")
     return labels
 
@@ -1316,6 +1319,8 @@ def load_speech(path, seconds=None, rng=None, moment=None):
     x, rate = read_audio(path)
     if rate < MIN_RATE:
         raise UserError(f"{path}: {rate} samples per second, {MIN_RATE} are needed")
+    if not np.isfinite(x).all():
+        raise UserError(f"{path}: not all samples are finite numbers")
     if moment is not None and moment > len(x) / rate:
         raise UserError(f"{path}: ends before its image's time of {moment} s")
     if seconds:
@@ -1679,10 +1684,10 @@ def has_factors(labels, names):
         return False
     try:
         people = [labels[name] for name in names]
-        factor_values(people, [*FACTORS, *VOICE_FACTORS, "link"])
+        values = factor_values(people, [*FACTORS, *VOICE_FACTORS, "link"])
     except (KeyError, ValueError):
         return False
-    return True
+    return bool((values[:, -1] < 1).all())
 
 
 def factor_values(people, columns):
@@ -1883,7 +1888,7 @@ def load_model(path, command, device):
     """The trained networks of a checkpoint, in eval mode."""
     state = load_checkpoint(path, command, device)
     settings = state["settings"]
-    cfg = argparse.Namespace(**state.get("match", settings))  # of stage one
+    cfg = argparse.Namespace(**settings.get("stage_one", settings))
     with explain(f"{path}: of another version of this file; train anew"):
         model = Model(cfg, device, settings.get("width"))
     restore({"model": model}, state, path)
@@ -2024,7 +2029,7 @@ def main(argv=None):
         print("voice2face: stopped; --resume continues a training", file=sys.stderr)
         return 130
     except (MemoryError, RuntimeError) as error:
-        if "DataLoader" in str(error):
+        if str(error).startswith("DataLoader"):
             problem = (
                 "a loader process died or hangs: try fewer --workers, or give more "
             )
