@@ -635,16 +635,6 @@ def test_k_way_is_brute_force(key):
     assert got == approx(100 * np.mean(hits), abs=5)
 
 
-def test_names_in_the_order_of_a_factor_do_not_widen_the_deviation():
-    """People on a circle; with one shift for all a run would score 0 or 100."""
-    angle = torch.arange(300) * 2 * math.pi / 300
-    speech = torch.stack([angle.cos(), angle.sin()], 1)
-    faces = torch.stack([(angle + 0.5).cos(), (angle + 0.5).sin()], 1)
-    scores = [v.k_way(speech, faces, nobody(300), i)["v-f/2"] for i in range(20)]
-    assert 80 < np.mean(scores) < 88
-    assert np.std(scores) < 5
-
-
 def test_who_knows_the_gender_alone_scores_chance_among_the_same_gender():
     genders = seeded().permutation(["female", "male"] * 300)
     one_hot = torch.tensor(np.eye(2)[(genders == "male").astype(int)])

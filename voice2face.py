@@ -46,9 +46,9 @@ Sources
 
 Where this differs from the paper (the README's table has edits and measured effects)
     - Embeddings are L2-normalised to one length: it improves the untrained direction.
-    - The waveform's offset is subtracted, its loudness divided out: the microphone's.
+    - Waveforms get zero mean and rms 1: offset and loudness are the microphone's.
     - A clip's negatives are other clips of its batch, so each clip is encoded once.
-    - Images are flipped at random in training; the pair that validates best is kept.
+    - Images are flipped at random in training; the S and F that validate best are kept.
     - AdaIN's style is [z, c] with c of length 1, or z loses background and glasses.
     - psi reads F's pooled features, not phi(f), and their std over the batch.
     - G up-samples after its convolution; before, as in SNGAN, takes 1.5 times as long.
@@ -59,7 +59,9 @@ Where this differs from the paper (the README's table has edits and measured eff
     - Our text of the paper lacks its appendices and Eq. 1 and 3 to 6: sizes come from
       the cited sources and the losses from the prose (see `gan_loss`).
     - The preset `small`, for two CPU cores: 1.5 s of speech, 64x64 pixels, a sinc layer
-      of stride 8, narrower layers. The preset `paper` has the paper's sizes.
+      of stride 8, narrower layers, synthetic people. The preset `paper` has the sizes of
+      the paper and its sources.
+    - An image's moment is left out of its speech only where its name tells it.
 """
 
 import argparse
@@ -417,7 +419,7 @@ class Discriminator(nn.Module):
     """faces (B, 3, H, W) -> weight * phi (B, D) and psi (B,), the parts of Eq. 2.
 
     phi starts as the trained F and goes on training [paper §3.2]. psi is one linear
-    layer on F's features [SNGAN] and their std over the batch, as in [StyleGAN2].
+    layer on F's features [SNGAN] and their std over the batch, after [StyleGAN2].
     """
 
     def __init__(self, face_encoder, weight=1.0):
@@ -441,9 +443,9 @@ def inner(c, phi):
 
 
 def logit(c, phi, psi):
-    """Eq. 2: g(f, c) = <c, phi> + psi, -> (B,). The paper's psi reads phi [ours].
+    """Eq. 2: g(f, c) = <c, phi> + psi, -> (B,); in Eq. 3 c is S(s), phi starts as F.
 
-    In Eq. 3 c is S(s) and phi starts as F.
+    The paper's psi reads phi(f), ours the pooled features below it [ours].
     """
     return inner(c, phi) + psi
 
@@ -577,7 +579,7 @@ def make_schedule(optimizer, steps, warm_up=0.0):
 
 
 def match_train(cfg):
-    """Train S and F on Eq. 1, without labels; test the pair that validated best."""
+    """Train S and F on Eq. 1, without labels; test those that validated best."""
     if not 2 <= cfg.k <= cfg.batch:
         raise UserError(f"--k {cfg.k}: must be at least 2, at most --batch {cfg.batch}")
     if cfg.seconds < 0.25:
@@ -665,7 +667,7 @@ def gan_train(cfg):
         d_optimizer.step()
         d_schedule.step()
 
-        # Real scores are those from before D's step; anew they would cost 8 % of a step.
+        # Real scores are those from before D's step: recomputing them costs 8 % of a step.
         d_real = [x.detach() for x in d_real]
         d_fake = discriminator(fake)  # by D after its step
         loss_g = gan_loss(cfg.loss, c_pos, c_neg, d_fake, d_real)
@@ -733,8 +735,8 @@ def embed_split(model, judge, other, split, seed, cfg, labels):
 def k_way(speech, faces, genders, seed):
     """Tables 1 and 2: percent right, {"v-f/2": ...}, of embeddings (N, D).
 
-    With /gender the negatives have the positive's gender. Without K people of each
-    gender there is no score.
+    With /gender the negatives have the positive's gender [ours]. Without K people of
+    each gender there is no score.
     """
     rng = torch.Generator().manual_seed(seed)
     alike = [np.flatnonzero(genders == gender) for gender in sorted({*genders} - {""})]
@@ -759,7 +761,7 @@ def percent(hits):
 
 
 def preferred(speech, first, second):
-    """QTA 2: percent of voices whose face of `first` F prefers to that of `second`."""
+    """QTA 2: percent of voices that match their face in first better than in second."""
     logits = torch.stack([inner(speech, first), inner(speech, second)], dim=1)  # (N, 2)
     return percent(top1(logits))
 
@@ -848,7 +850,7 @@ def oracle_scores(people, genders, seed):
 
 
 def evaluate(model, split, cfg, runs, labels, judge=None, other=None):
-    """Scores of a split, {key: mean over runs, key/std: std}, and what they stand on.
+    """Scores of a split, {key: mean over runs, key/std: std}; its name and size.
 
     The scores of generated faces, or of real ones where there is no generator, have
     bare keys; other kinds' keys begin with the kind.
@@ -924,10 +926,13 @@ def variance_shares(read):
 def control_scores(model, corpus, labels, noises=16):
     """QLA 1 to 3, by eye in the paper: what c and z control, as a probe reads faces.
 
-    control/<factor>/c, z: percent of variance; voice: correlation with the voice's
-    factor; spread: percent of variance left given the voice, spread/real: of real
-    faces; probe: correlation with the truth on real faces. Labels serve the probe
-    alone.
+    Keys are control/<factor>/ and
+        c, z         percent of the variance of generated faces due to each alone
+        voice        correlation of generated faces with the voice's factor
+        spread       percent of their variance that is left given the voice
+        spread/real  the same of real faces
+        probe        correlation of the probe with the truth, on real faces
+        right        percent of generated faces that show the voice's gender
     """
     _, faces, names = sample_batch(corpus["train"], model, 1000)
     known = factor_values([labels[name] for name in names], FACTORS)  # (P, E)
@@ -935,7 +940,7 @@ def control_scores(model, corpus, labels, noises=16):
     speech, faces, names = sample_batch(corpus["test"], model, 400)
     people = [labels[name] for name in names]
     truth = factor_values(people, FACTORS)  # (V, E)
-    voice = factor_values(people, VOICE_FACTORS)  # (V, 4), as FACTORS begin
+    voice = factor_values(people, VOICE_FACTORS)  # (V, 4), in the order of FACTORS[:4]
     real = pixels(faces) @ probe  # (V, E)
     z = torch.randn(noises, EMBED_DIM, generator=torch.Generator().manual_seed(0))
     z = z.to(model.device)  # (Z, D)
@@ -1210,7 +1215,7 @@ def subsample(split, count):
 
 
 def read_labels(data):
-    """labels.csv as {identity: {column: text}}; {} without one. Only tests use it."""
+    """labels.csv as {identity: {column: text}}; {} without one. No training uses it."""
     path = Path(data, "labels.csv")
     labels = {}
     if not path.exists():
@@ -1237,8 +1242,8 @@ def list_pairs(identity):
 
     They are the images of its clip folder or, where that has none, as in VoxCeleb with
     VGGFace, all of the identity. timed: it is the one recording of its folder, so that
-    the images' names may tell moments. Recordings that differ in their ending only are
-    one, of the first of SPEECH_ENDINGS.
+    the images' names may tell moments. Of a recording in several formats, the one
+    listed first in SPEECH_ENDINGS is used.
     """
     clips = []
     for clip in sorted(glob.glob(f"{glob.escape(str(identity))}/*/")):  # no hidden ones
@@ -1291,7 +1296,8 @@ def sample_window(x, rate, seconds, moment, rng):
     """A random window (T,) of speech x, from before or after an image's moment (s).
 
     Speech and face come from different time frames [paper §4]: TIME_GUARD is left out
-    on both sides. Where no window fits, it is the longer side.
+    on both sides. If neither side is long enough, it is the whole
+    longer side.
     """
     sides = [x]
     if moment is not None:
@@ -1528,14 +1534,14 @@ def list_unused(data, used):
 
 # ==== 7. Synthetic people: voices by source and filter, drawn faces [all ours] ========
 
-LINK = 0.72  # correlation of voice and face: real pairs are as hard as the paper's
+LINK = 0.72  # correlation of voice and face: the accuracy is then near the paper's
 LINKED = ("age", "tract", "build")  # and gender, which voice and face share wholly
 VOICE_FACTORS = ("gender", "voice_age", "voice_tract", "voice_build")
 FACTORS = ("gender", *LINKED, "glasses", "hair", "skin", "background", "tilt")
 IDENTITIES = 2400  # of the default corpus
 CLIP_SECONDS = 6
 CLIP_IMAGES = 6
-TUBE = (500, 1500, 2500, 3500)  # Hz, the resonances of an even tube of 17 cm
+FORMANTS = (500, 1500, 2500, 3500)  # Hz, the resonances of an even tube of 17 cm
 SIDE = 128  # pixels of a face
 HAIR = [(36, 30, 34), (226, 180, 96)]  # from dark to fair
 SKIN = [(255, 218, 190), (134, 88, 62)]  # from light to dark
@@ -1547,7 +1553,7 @@ LIPS = (206, 62, 72)
 
 
 def sample_voice(rng):
-    """The factors of a voice: gender (1: male), standard normals, its own."""
+    """A voice: gender (1: male), three standard normals, three factors of its own."""
     voice = {"gender": int(rng.integers(2))}
     for name in LINKED:
         voice["voice_" + name] = rng.normal()
@@ -1589,7 +1595,7 @@ def synth_speech(voice, rng):
     syllable = position.astype(int)
     melody = np.interp(t, starts, rng.normal(size=count))
     stress = rng.uniform(0.5, 1, count) * (rng.random(count) > 1 / 7)
-    swell = stress[syllable] * np.sin(np.pi * position) ** 2  # 0 between syllables
+    envelope = stress[syllable] * np.sin(np.pi * position) ** 2  # 0 between syllables
 
     pitch = 115 if voice["gender"] else 220  # Hz
     pitch = pitch * np.exp(voice["pitch"] - 0.3 * age + 0.1 * melody)
@@ -1601,10 +1607,10 @@ def synth_speech(voice, rng):
     source *= f / (f + 200) / (1 + 1j * f / 700)  # lips, throat
     source *= np.exp(4 * (build - 0.5) / (1 + (f / 400) ** 4))  # up to 17 dB of bass
 
-    for r in np.array(TUBE) * (1.35 - 0.7 * tract):  # a longer tube is lower
+    for r in np.array(FORMANTS) * (1.35 - 0.7 * tract):  # a longer tube is lower
         source *= r**2 / (r**2 - f**2 + 80j * f)  # each 80 Hz wide
     speech = np.fft.irfft(source)
-    speech = swell * (speech / speech.std() + breath)
+    speech = envelope * (speech / speech.std() + breath)
     return np.int16(32767 * voice["loudness"] * speech / np.abs(speech).max())
 
 
@@ -1988,7 +1994,7 @@ def add_setting(parser, name, default, meaning):
 
 
 def check_numbers(cfg):
-    """Raise UserError for a negative number, NaN, or a whole 0 that makes no sense."""
+    """Raise UserError for NaN, a negative number, or 0 where the default is a count."""
     for name, (default, _) in COMMANDS[cfg.command][1].items():
         value = getattr(cfg, name)
         least = int(type(default) is int and default > 0)
@@ -2046,7 +2052,7 @@ if __name__ == "__main__":
     if hasattr(sys.stdout, "reconfigure"):  # not in a notebook, nor where it is closed
         sys.stdout.reconfigure(errors="backslashreplace")  # not every console has UTF-8
     exit_code = main()
-    if distributed.is_initialized():  # gloo's threads abort the usual way out at times
+    if distributed.is_initialized():  # gloo can crash at a normal exit
         print(end="", flush=True)
         os._exit(exit_code)
     sys.exit(exit_code)
