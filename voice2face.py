@@ -40,9 +40,9 @@ Symbols
     torch.nn.functional.
 
 Sources
-    The method's numbers name their source: [paper §x]; [PASE] Pascual et al. 2019; [SincNet]
-    Ravanelli and Bengio 2018; [SNGAN] Miyato and Koyama 2018; [StyleGAN], [StyleGAN2]
-    Karras et al. 2019, 2020; [R1] Mescheder et al. 2018; or it is [ours].
+    The method's numbers name their source: [paper §x]; [PASE] Pascual et al. 2019;
+    [SincNet] Ravanelli and Bengio 2018; [SNGAN] Miyato and Koyama 2018; [StyleGAN] and
+    [StyleGAN2] Karras et al. 2019, 2020; [R1] Mescheder et al. 2018; or [ours].
 
 Where this differs from the paper (the README's table has edits and measured effects)
     - Embeddings are L2-normalised to one length: it improves the untrained direction.
@@ -59,8 +59,8 @@ Where this differs from the paper (the README's table has edits and measured eff
     - Our text of the paper lacks its appendices and Eq. 1 and 3 to 6: sizes come from
       the cited sources and the losses from the prose (see `gan_loss`).
     - The preset `small`, for two CPU cores: 1.5 s of speech, 64x64 pixels, a sinc layer
-      of stride 8, narrower layers, synthetic people. The preset `paper` has the sizes of
-      the paper and its sources.
+      of stride 8, narrower layers, synthetic people. The preset `paper` has the sizes
+      of the paper and its sources.
     - An image's moment is left out of its speech only where its name tells it.
 """
 
@@ -133,14 +133,14 @@ HZ_UNIT = 100  # cut-offs are learned in such units: one learning rate fits all 
 
 
 class SincConv(nn.Module):
-    """Band-pass filters of which only the two cut-off frequencies are learned [SincNet].
+    """Band-pass filters; only their two cut-off frequencies are learned [SincNet].
 
     (B, 1, T) -> (B, C, L) with L = ceil(T / stride), after reflection padding. A filter
     is the difference of two ideal low-pass filters,
 
-        g(t) = 2 high sinc(2 high t) - 2 low sinc(2 low t),   sinc(x) = sin(pi x) / (pi x),
+        g(t) = 2 high sinc(2 high t) - 2 low sinc(2 low t)
 
-    times a Hamming window, divided by 2 (high - low) so that its centre is 1. The
+    with sinc(x) = sin(pi x) / (pi x), times a Hamming window, divided by 2 (high - low) so that its centre is 1. The
     cut-offs start about evenly spaced on the mel scale. kernel_size is odd, so that
     there is a centre.
     """
@@ -454,7 +454,7 @@ def gan_loss(kind, c_pos, c_neg, winner, loser):
     """Eq. 6, -E log A(g_rel) with the sigmoid A: D's and G's loss, -> ().
 
     winner and loser are D's outputs, phi (B, D) and psi (B,), for two batches of faces,
-    x and y. For D the real faces win, for G the generated ones: the non-saturating form.
+    x and y. For D the real faces win, for G the generated ones (non-saturating form).
 
         Eq. 4, "rel":    g_rel = g(x, c+) - g(y, c+)
         Eq. 5, "relid":  g_rel = g(x, c+) - g(y, c+) + <c+, phi(x)> - <c-, phi(x)>
@@ -470,7 +470,7 @@ def gan_loss(kind, c_pos, c_neg, winner, loser):
 
 
 def r1_penalty(discriminator, real, c):
-    """R1 without gamma/2: E |grad_f of the batch's summed g(f, c)|^2, real f; () [R1]."""
+    """R1 without gamma/2: E |grad_f of the batch's summed g(f, c)|^2; () [R1]."""
     real = real.detach().requires_grad_(True)
     phi, psi = discriminator(real)
     total = logit(c, phi, psi).sum()
@@ -667,7 +667,7 @@ def gan_train(cfg):
         d_optimizer.step()
         d_schedule.step()
 
-        # Real scores are those from before D's step: recomputing them costs 8 % of a step.
+        # Real scores are those of D's step: recomputing them costs 8 % of a step.
         d_real = [x.detach() for x in d_real]
         d_fake = discriminator(fake)  # by D after its step
         loss_g = gan_loss(cfg.loss, c_pos, c_neg, d_fake, d_real)
@@ -690,8 +690,8 @@ def gan_train(cfg):
 
 # ==== 4. Evaluation: K-way tests, QTA 1 to 3, what c and z control [paper §4] =========
 
-# QTA and QLA: the paper's quantitative and qualitative analyses. A test takes one pair of
-# each identity; each run draws negatives, windows, images and z anew [ours].
+# QTA and QLA: the paper's quantitative and qualitative analyses. A test takes one pair
+# of each identity; each run draws negatives, windows, images and z anew [ours].
 TEST_BATCH = 32  # pairs that are embedded at once
 GALLERY = 5000  # faces among which one is searched, at most [paper §4]
 
@@ -700,9 +700,9 @@ GALLERY = 5000  # faces among which one is searched, at most [paper §4]
 def embed_split(model, judge, other, split, seed, cfg, labels):
     """One pair of each identity, as the judge's S and F see it.
 
-    Returns c (N, D); faces {kind: (N, D)}, as F has them before they get one length; the
-    names of the N identities. Kinds: real, generated, other (by another generator) and
-    ideal faces.
+    Returns c (N, D); faces {kind: (N, D)}, as F has them before they get one length;
+    the names of the N identities. Kinds: real, generated, other (by another generator)
+    and ideal faces.
     """
     judge = judge or model
     rng = torch.Generator().manual_seed(seed)
@@ -781,7 +781,7 @@ def cosine_distances(c, faces, genders, seed):
 
 
 def pearson(x, y):
-    """Correlations of the columns of x and y, (n, E) -> (E,); NaN for fewer than 3 rows."""
+    """Correlations of the columns of x and y, (n, E) -> (E,); NaN where n < 3."""
     x = x - x.mean(0)
     y = y - y.mean(0)
     r = (x * y).sum(0) / (x.square().sum(0) * y.square().sum(0)).sqrt()  # (E,)
@@ -915,7 +915,7 @@ def fit_probe(faces, targets, noise=0.1):
 
 
 def variance_shares(read):
-    """Percent of the variance of read (V, Z, E) due to voice alone, to z alone; (E,)."""
+    """Percent of the variance of read (V, Z, E) due to voice or z alone; (E,) each."""
     total = read.var((0, 1), correction=0) / 100  # (E,)
     by_voice = read.mean(1).var(0, correction=0)  # (V, Z, E) -> (V, E) -> (E,)
     by_noise = read.mean(0).var(0, correction=0)  # (V, Z, E) -> (Z, E) -> (E,)
@@ -1008,7 +1008,7 @@ def plot_grid(path, titles, faces, side=128, line=24):
 
 
 def plot_scatter(path, couples, side=400, margin=50):
-    """Save Fig. 5: y (n,) over x (n,), both from 0 to 2, of {kind of couples: (x, y)}."""
+    """Save Fig. 5: y (n,) over x (n,), both in 0 to 2, of {gender: (x, y)}."""
     low = margin + side
     sheet = Image.new("RGB", (low + margin, low + margin), "white")
     draw = ImageDraw.Draw(sheet)
@@ -1238,7 +1238,7 @@ def gender_of(row):
 
 
 def list_pairs(identity):
-    """Each recording of an identity, with its images: [(recording, images, timed), ...].
+    """The recordings of an identity with their images: [(recording, images, timed)].
 
     They are the images of its clip folder or, where that has none, as in VoxCeleb with
     VGGFace, all of the identity. timed: it is the one recording of its folder, so that
@@ -1466,7 +1466,7 @@ def check_data(args):
 
 
 def check_split(split, used, faults):
-    """Read a split's files and print what it holds; add to the used files, the faults."""
+    """Read a split's files; print what it holds; extend used and faults."""
     before = len(used)
     seconds = []
     times = []
@@ -1760,8 +1760,8 @@ def find_device(name):
 class Run:
     """A training in --out: device, corpus and batches, checkpoints and log.
 
-    Under torchrun each process has its own batches, and GPU if there is one. The first one
-    tests and writes.
+    Under torchrun each process has its own batches, and GPU if there is one. The first
+    one tests and writes.
     """
 
     def __init__(self, cfg):
@@ -1858,7 +1858,7 @@ class Run:
         self.since = time.monotonic()
 
     def save(self, name, parts, step, **more):
-        """Write to a temporary file, then rename it: a kill leaves no half checkpoint."""
+        """Write a temporary file, then rename it: a kill leaves no half checkpoint."""
         path = self.folder / name
         state = {"settings": self.settings, "step": step, "log": self.lines, **more}
         for key, part in parts.items():
