@@ -140,9 +140,9 @@ class SincConv(nn.Module):
 
         g(t) = 2 high sinc(2 high t) - 2 low sinc(2 low t)
 
-    with sinc(x) = sin(pi x) / (pi x), times a Hamming window, divided by 2 (high - low) so that its centre is 1. The
-    cut-offs start about evenly spaced on the mel scale. kernel_size is odd, so that
-    there is a centre.
+    with sinc(x) = sin(pi x) / (pi x), times a Hamming window, divided by 2 (high - low)
+    so that its centre is 1. The cut-offs start about evenly spaced on the mel scale.
+    kernel_size is odd, so that there is a centre.
     """
 
     def __init__(self, channels, kernel_size=251, stride=1):
