@@ -656,9 +656,9 @@ def gan_train(cfg):
         c_neg = c_pos.roll(1, 0)  # c-: the batch is in random order, identities differ
         fake = g_net(z, c_pos)  # (B, D), (B, D) -> (B, 3, H, W)
 
-        d_real = d_net(real)  # phi (B, D), psi (B,)
+        d_real = d_net(real)  # phi (B, D) and psi (B,) of Eq. 2
         d_fake = d_net(fake.detach())
-        loss_d = gan_loss(cfg.loss, c_pos, c_neg, d_real, d_fake)
+        loss_d = gan_loss(cfg.loss, c_pos, c_neg, d_real, d_fake)  # Eq. 6
         penalty = 0.0
         if step % R1_EVERY == 0:
             penalty = R1_EVERY * cfg.gamma / 2 * r1_penalty(d_net, real, c_pos)
@@ -670,7 +670,7 @@ def gan_train(cfg):
         # Real scores are those of D's step: recomputing them costs 8 % of a step.
         d_real = [x.detach() for x in d_real]
         d_fake = discriminator(fake)  # by D after its step
-        loss_g = gan_loss(cfg.loss, c_pos, c_neg, d_fake, d_real)
+        loss_g = gan_loss(cfg.loss, c_pos, c_neg, d_fake, d_real)  # Eq. 6
         g_optimizer.zero_grad()
         loss_g.backward(inputs=list(generator.parameters()))  # no gradients for D
         g_optimizer.step()
