@@ -835,6 +835,12 @@ def test_report_shows_all_metrics_and_figures(corpus, match_run, gan_run, tmp_pa
         assert Image.open(tmp_path / f"fig{number}.png").size > (300, 300)
 
 
+def test_a_corpus_without_training_people_can_be_tested(plain, gan_run, tmp_path):
+    shutil.copytree(plain / "test", tmp_path / "data/test")
+    argv = ["--gan", gan_run / "last.pt", "--out", tmp_path, "--runs", 1]
+    assert run("gan-test", "--data", tmp_path / "data", *argv) == 0
+
+
 def test_figures_of_two_people(plain, gan_run, tmp_path):
     model = v.load_model(gan_run / "last.pt", "gan-train", CPU)
     split = v.subsample(v.open_corpus(plain, {"val": 2})["val"], 2)

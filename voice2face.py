@@ -482,6 +482,7 @@ def r1_penalty(discriminator, real, c):
 
 # Settings, as --flag: (default, meaning); of several values the first is the default.
 SYNTHETIC = "data/synthetic"  # made where it is missing
+DIRECTIONS = ("v-f", "f-v")
 SEED = {"seed": (0, "seed of all randomness")}
 DEVICE = {"device": ("auto", "cpu, cuda, cuda:1, ...; auto is cuda where there is one")}
 TEST_SETTINGS = {
@@ -494,7 +495,7 @@ TEST_SETTINGS = {
 RUN_SETTINGS = {
     **TEST_SETTINGS,
     "preset": (("small", "paper"), "sizes for two CPU cores, or the paper's"),
-    "val_clips": (2000, "clips of a validation at most [ours]"),
+    "val_clips": (2000, "identities of a validation at most [ours]"),
     "save_every": (100, "steps between checkpoints"),
     "log_every": (50, "steps between lines of the log"),
     "resume": (False, "continue the run in --out, if there is one"),
@@ -502,7 +503,7 @@ RUN_SETTINGS = {
 MATCH_SETTINGS = {
     **RUN_SETTINGS,
     "out": ("runs/match", "run folder: checkpoints, log, metrics"),
-    "direction": (("v-f", "f-v"), "given a voice pick a face, or the reverse"),
+    "direction": (DIRECTIONS, "given a voice pick a face, or the reverse"),
     "k": (10, "candidates of a matching task in training [paper §4]"),
     "steps": (1200, "training steps [ours]"),
     "batch": (32, "clips per step and process [ours]"),
@@ -542,7 +543,6 @@ PAPER_PRESET = {  # sizes as in the sources above, the rest [ours]
     },
     "gan-train": {**LONG, "width": 64, "lr": 2e-4, "d_lr": 2e-4, "ema_decay": 0.999},
 }
-DIRECTIONS = ("v-f", "f-v")
 MOMENTUM = 0.9  # of SGD [ours]
 GRAD_CLIP = 1.0  # match-train cuts longer gradients to this length [ours]
 WARM_UP = 0.1  # share of match-train's steps in which the learning rate rises [ours]
@@ -677,7 +677,7 @@ def gan_train(cfg):
         g_schedule.step()
         average.update_parameters(generator)
 
-        identity = inner(c_pos - c_neg, d_real[0]).mean()  # D asks who fits whom: > 0
+        identity = inner(c_pos - c_neg, d_real[0]).mean()  # > 0: D knows who fits whom
         run.log(step, loss_d=loss_d, loss_g=loss_g, identity=identity)
         if run.is_due(step, cfg.eval_every):
             validate(model, run, step, runs=1)
@@ -967,14 +967,8 @@ def control_scores(model, corpus, labels, noises=16):
 
 # ==== 5. Figures 2 to 6, reports, faces for any recording =============================
 
-KINDS = (
-    "generated",
-    "real",
-    "ideal",
-    "other",
-    "oracle",
-    "paper",
-)  # columns of a report
+# Columns of a report's tables.
+KINDS = ("generated", "real", "ideal", "other", "oracle", "paper")
 CONTROL = ("c", "z", "voice", "probe", "spread", "spread/real", "right")
 PAPER_RESULTS = {  # of other people, hence not comparable [paper §4]
     "paper/f-v/2": "generated 95.14, real 88.47",
@@ -1124,12 +1118,13 @@ def gan_test(args):
     for checkpoint in (judge, other):
         if checkpoint and checkpoint.cfg.size != model.cfg.size:
             raise UserError("--judge, --other: must have the --size of --gan")
-    corpus = open_corpus(args.data, {"train": 2, "test": 2})
+    split = open_corpus(args.data, {"test": 2})["test"]
     labels = read_labels(args.data)
     control = {}
-    if has_factors(labels, np.concatenate([part.names for part in corpus.values()])):
-        control = control_scores(model, corpus, labels)
-    split = corpus["test"]
+    if has_factors(labels, split.names):
+        corpus = open_corpus(args.data, {"train": 2, "test": 2})
+        if has_factors(labels, corpus["train"].names):
+            control = control_scores(model, corpus, labels)
     page = f"# {args.gan}\n\n" + report(model, split, args, judge, other, control)
     plot_figures(model, split, Path(args.out), args.seed)
     for number in range(2, 7):
@@ -1296,8 +1291,7 @@ def sample_window(x, rate, seconds, moment, rng):
     """A random window (T,) of speech x, from before or after an image's moment (s).
 
     Speech and face come from different time frames [paper §4]: TIME_GUARD is left out
-    on both sides. If neither side is long enough, it is the whole
-    longer side.
+    on both sides. If neither side is long enough, it is the whole longer side.
     """
     sides = [x]
     if moment is not None:
@@ -1438,7 +1432,8 @@ def load_batches(pairs, numbers, workers, device):
         for fault in faults:
             print(f"warning: left out: {fault}", file=sys.stderr)
         if pairs.training and len(names) < pairs.batch:
-            raise UserError(f"too many unreadable files (check-data): {faults[-1:]}")
+            problem = f"too many unreadable files, run check-data: {faults[-1]}"
+            raise UserError(problem)
         if names:
             yield speech.to(device), to_faces(faces.to(device)), names
 
@@ -1451,9 +1446,8 @@ def check_data(args):
     faults = []
     for split in corpus.values():
         check_split(split, used, faults)
-        genders = Counter(
-            labels.pop(name, {}).get("gender", "") for name in split.names
-        )
+        rows = [labels.pop(name, {}) for name in split.names]
+        genders = Counter(row.get("gender", "") for row in rows)
         for text, count in genders.items():
             gender = gender_of({"gender": text}) or "unknown"
             print(f"  {count} people of gender {text!r}: {gender}")
@@ -1481,10 +1475,9 @@ def check_split(split, used, faults):
                 attempt(faults, check_image, image, moment, seconds[-1])
             used.update([recording, *images])
     images = len(used) - before - len(seconds)
-    counts = f"{len(split.names)} identities, {len(seconds)} recordings "
-    counts += (
-        f"({sum(seconds) / 3600:.2f} h), {images} images, {len(times)} with a time"
-    )
+    hours = sum(seconds) / 3600
+    counts = f"{len(split.names)} identities, {len(seconds)} recordings ({hours:.2f} h)"
+    counts += f", {images} images, {len(times)} with a time"
     if times:
         counts += f" ({min(times)} to {max(times)} s)"
     print(f"{split.folder.name}: {counts}", flush=True)
@@ -2036,10 +2029,8 @@ def main(argv=None):
         return 130
     except (MemoryError, RuntimeError) as error:
         if str(error).startswith("DataLoader"):
-            problem = (
-                "a loader process died or hangs: try fewer --workers, or give more "
-            )
-            problem += "memory to /dev/shm (docker: --shm-size)"
+            problem = "a loader process died or hangs: try fewer --workers, "
+            problem += "or give more memory to /dev/shm (docker: --shm-size)"
         elif re.search("MemoryError|allocate memory", repr(error)):
             problem = "out of memory: try smaller sizes, fewer clips or faces at once"
         else:
