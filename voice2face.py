@@ -714,9 +714,10 @@ def embed_split(model, judge, other, split, seed, cfg, labels):
     names = []
     for speech, real, batch in load_batches(pairs, numbers, cfg.workers, model.device):
         z = torch.randn(len(batch), EMBED_DIM, generator=rng).to(model.device)  # (B, D)
-        images = {"real": real}
+        images = {}
         if model.generator:
             images["generated"] = model.generator(z, model.speech_encoder(speech))
+        images["real"] = real
         if other:
             images["other"] = other.generator(z, other.speech_encoder(speech))
         if model.generator and labels:
@@ -736,15 +737,15 @@ def k_way(speech, faces, genders, seed):
     """Tables 1 and 2: percent right, {"v-f/2": ...}, of embeddings (N, D).
 
     With /gender the negatives have the positive's gender [ours]. Without K people of
-    each gender there is no score.
+    each gender there is no such score.
     """
     rng = torch.Generator().manual_seed(seed)
-    alike = [np.flatnonzero(genders == gender) for gender in sorted({*genders} - {""})]
+    alike = [np.flatnonzero(genders == gender) for gender in ("female", "male")]
     tests = {"": [np.arange(len(genders))], "/gender": alike}
     scores = {}
     for suffix, groups in tests.items():
         for direction, k in itertools.product(DIRECTIONS, (2, 10)):
-            if min(map(len, groups), default=0) < k:
+            if min(map(len, groups)) < k:
                 continue
             hits = []
             for rows in groups:
@@ -774,18 +775,17 @@ def cosine_distances(c, faces, genders, seed):
     cd_faces = 1 - F.cosine_similarity(faces, faces[other])  # (N, D) -> (N,)
     same = genders == genders[other]  # (N,)
     known = (genders != "") & (genders[other] != "")  # (N,)
-    couples = {"all": np.full(len(c), True)}
+    couples = {"all": slice(None)}
     if (genders != "").any():
         couples |= {"different": known & ~same, "same": known & same}
     return {name: (cd_c[rows], cd_faces[rows]) for name, rows in couples.items()}
 
 
 def pearson(x, y):
-    """Correlations of the columns of x and y, (n, E) -> (E,); NaN where n < 3."""
+    """Correlations of the columns of x and y, (n, E) -> (E,); NaN where n < 2."""
     x = x - x.mean(0)
     y = y - y.mean(0)
-    r = (x * y).sum(0) / (x.square().sum(0) * y.square().sum(0)).sqrt()  # (E,)
-    return r if len(x) > 2 else r * math.nan
+    return (x * y).sum(0) / (x.square().sum(0) * y.square().sum(0)).sqrt()
 
 
 def recall(name, distances):
@@ -796,7 +796,7 @@ def recall(name, distances):
 
 
 def table_3(queries, gallery, seed):
-    """QTA 3, Table 3: recall by three distances in a random gallery; (N, D)."""
+    """QTA 3, Table 3: recall by three distances in a random gallery; (N, D) each."""
     rng = torch.Generator().manual_seed(seed)
     rows = torch.randperm(len(gallery), generator=rng)[:GALLERY]
     queries = queries[rows]  # (R, D)
@@ -850,10 +850,11 @@ def oracle_scores(people, genders, seed):
 
 
 def evaluate(model, split, cfg, runs, labels, judge=None, other=None):
-    """Scores of a split, {key: mean over runs, key/std: std}; its name and size.
+    """Test a split: metrics, and the same as a table, {score: {kind: text}}.
 
-    The scores of generated faces, or of real ones where there is no generator, have
-    bare keys; other kinds' keys begin with the kind.
+    Metrics are the split's name and size and {key: mean over runs, key/std: std}. The
+    scores of generated faces, or of real ones where there is no generator, have bare
+    keys; other kinds' keys begin with the kind.
     """
     known = labels if has_factors(labels, split.names) else None
     bare = "generated" if model.generator else "real"
@@ -863,22 +864,29 @@ def evaluate(model, split, cfg, runs, labels, judge=None, other=None):
         c, faces, names = embed_split(model, judge, other, split, seed, cfg, known)
         people = [labels.get(name, {}) for name in names]
         genders = np.array([gender_of(row) for row in people])
-        tests = {}
-        for kind in faces:
-            tests[kind] = score_faces(c, faces, kind, genders, seed)
+        tests = {kind: score_faces(c, faces, kind, genders, seed) for kind in faces}
         if known:
             tests["oracle"] = oracle_scores(people, genders, seed)
         for kind, scores in tests.items():
-            for key, score in scores.items():
-                collected[key if kind == bare else f"{kind}/{key}"].append(score)
-    metrics = {"data": str(split.folder.parent), "split": split.folder.name}
-    metrics |= {"people": len(names), "left_out": len(split.names) - len(names)}
-    metrics["runs"] = runs
-    for key, scores in collected.items():
+            for name, score in scores.items():
+                collected[name, kind].append(score)
+    metrics = {
+        "data": str(split.folder.parent),
+        "split": split.folder.name,
+        "people": len(names),
+        "left_out": len(split.names) - len(names),
+        "runs": runs,
+    }
+    table = defaultdict(dict)
+    for (name, kind), scores in collected.items():
+        key = name if kind == bare else f"{kind}/{name}"
         metrics[key] = rounded(np.mean(scores))
+        table[name][kind] = f"{np.mean(scores):.2f}"
         if runs > 1:
-            metrics[f"{key}/std"] = rounded(np.std(scores, ddof=1))
-    return metrics
+            std = np.std(scores, ddof=1)
+            metrics[f"{key}/std"] = rounded(std)
+            table[name][kind] += f" ± {std:.2f}"
+    return metrics, table
 
 
 def rounded(x):
@@ -890,7 +898,7 @@ def validate(model, run, step, runs):
     """Test at most --val-clips people of the validation split; print main scores."""
     split = subsample(run.corpus["val"], max(2, run.cfg.val_clips))
     model.eval()
-    metrics = evaluate(model, split, run.cfg, runs, labels={})
+    metrics, _ = evaluate(model, split, run.cfg, runs, labels={})
     shown = ("preferred", "v-f/2", "v-f/10", "f-v/2", "f-v/10")
     texts = [f"{key} {metrics[key]} % " for key in shown if key in metrics]
     print(f"step {step} val ", *texts, flush=True)
@@ -922,32 +930,42 @@ def variance_shares(read):
     return by_voice / total, by_noise / total
 
 
+def sample_people(split, model, count, seed=0):
+    """A pair each of at most `count` people: c (N, D), faces (N, 3, H, W), names."""
+    pairs = PairDataset(subsample(split, count), model.cfg, count, seed)
+    batch = next(load_batches(pairs, [0], 0, model.device), None)
+    if batch is None:
+        raise UserError(f"{split.folder}: nobody can be read (run check-data)")
+    speech, faces, names = batch
+    c = [model.speech_encoder(x) for x in speech.split(TEST_BATCH)]  # (B, D) each
+    return torch.cat(c), faces, names
+
+
+def sample_z(count, seed, device):
+    """Noise z (n, D), the same on every device."""
+    rng = torch.Generator().manual_seed(seed)
+    return torch.randn(count, EMBED_DIM, generator=rng).to(device)
+
+
 @torch.no_grad()
-def control_scores(model, corpus, labels, noises=16):
+def control_scores(model, train, test, labels, noises=16):
     """QLA 1 to 3, by eye in the paper: what c and z control, as a probe reads faces.
 
-    Keys are control/<factor>/ and
-        c, z         percent of the variance of generated faces due to each alone
-        voice        correlation of generated faces with the voice's factor
-        spread       percent of their variance that is left given the voice
-        spread/real  the same of real faces
-        probe        correlation of the probe with the truth, on real faces
-        right        percent of generated faces that show the voice's gender
+    Returns {factor: {column: score}}; the columns are named below, of generated faces
+    unless they say otherwise.
     """
-    _, faces, names = sample_batch(corpus["train"], model, 1000)
+    _, faces, names = sample_people(train, model, 1000)
     known = factor_values([labels[name] for name in names], FACTORS)  # (P, E)
     probe = fit_probe(faces, known - known.mean(0))  # (M, E)
-    speech, faces, names = sample_batch(corpus["test"], model, 400)
+    c, faces, names = sample_people(test, model, 400)
     people = [labels[name] for name in names]
     truth = factor_values(people, FACTORS)  # (V, E)
     voice = factor_values(people, VOICE_FACTORS)  # (V, 4), in the order of FACTORS[:4]
     real = pixels(faces) @ probe  # (V, E)
-    z = torch.randn(noises, EMBED_DIM, generator=torch.Generator().manual_seed(0))
-    z = z.to(model.device)  # (Z, D)
+    z = sample_z(noises, 0, model.device)  # (Z, D)
     read = []
-    for x in speech.split(1):  # (1, T)
-        c = model.speech_encoder(x)  # (1, D)
-        generated = model.generator(z, c.expand_as(z))  # (Z, 3, H, W)
+    for row in c:  # (D,)
+        generated = model.generator(z, row.expand_as(z))  # (Z, 3, H, W)
         read.append(pixels(generated) @ probe)  # (Z, E)
     read = torch.stack(read)  # (V, Z, E)
 
@@ -955,149 +973,131 @@ def control_scores(model, corpus, labels, noises=16):
     given = voice.repeat_interleave(noises, 0)  # (V Z, 4)
     r = pearson(read[:, :, :4].flatten(0, 1), given)  # (4,)
     r_real = pearson(real[:, :4], voice)  # (4,)
-    columns = {"c": by_voice, "z": by_noise, "probe": pearson(real, truth), "voice": r}
-    columns |= {"spread": 100 * (1 - r**2), "spread/real": 100 * (1 - r_real**2)}
-    columns["right"] = [percent((read[:, :, 0] > 0) == (voice[:, :1] > 0))]  # of gender
-    scores = {}
+    columns = {
+        "c": by_voice,  # percent of the variance due to c alone
+        "z": by_noise,  # due to z alone
+        "voice": r,  # correlation with the voice's factor
+        "spread": 100 * (1 - r**2),  # percent of the variance left given the voice
+        "spread/real": 100 * (1 - r_real**2),  # the same of real faces
+        "probe": pearson(real, truth),  # correlation with the truth, of real faces
+        "right": [percent((read[:, :, 0] > 0) == (voice[:, :1] > 0))],  # in gender
+    }
+    scores = defaultdict(dict)
     for column, values in columns.items():
-        for name, value in zip(FACTORS, values):
-            scores[f"control/{name}/{column}"] = rounded(value)
+        for factor, value in zip(FACTORS, values):
+            scores[factor][column] = rounded(value)
     return scores
 
 
 # ==== 5. Figures 2 to 6, reports, faces for any recording =============================
 
-# Columns of a report's tables.
-KINDS = ("generated", "real", "ideal", "other", "oracle", "paper")
-CONTROL = ("c", "z", "voice", "probe", "spread", "spread/real", "right")
 PAPER_RESULTS = {  # of other people, hence not comparable [paper §4]
-    "paper/f-v/2": "generated 95.14, real 88.47",
-    "paper/preferred": "76.65; Eq. 5 to Eq. 4 79.68",
-    "paper/qta1/different/c": "0.46",
-    "paper/qta1/same/c": "0.28",
-    "paper/qta1/different/face": "0.27",
-    "paper/qta1/same/face": "0.15",
+    "f-v/2": "generated 95.14, real 88.47",
+    "preferred": "76.65; Eq. 5 to Eq. 4 79.68",
+    "qta1/different/c": "0.46",
+    "qta1/same/c": "0.28",
+    "qta1/different/face": "0.27",
+    "qta1/same/face": "0.15",
 }
 
 
 def to_image(face):
     """(3, H, W) in [-1, 1] -> a PIL image."""
-    values = ((face.cpu() + 1) * 127.5).round().clamp(0, 255).byte()
+    values = ((face.cpu() + 1) * 127.5).round().byte()
     return Image.fromarray(values.permute(1, 2, 0).numpy())  # (H, W, 3)
 
 
-def plot_grid(path, titles, faces, side=128, line=24):
-    """Save faces (R, n, 3, H, W) as R rows, each under its title."""
-    rows = F.pad(faces, (1, 1), value=1.0)  # white lines between faces
-    rows = torch.cat(rows.unbind(1), dim=3)  # (R, 3, H, n (W + 2))
-    width = side * rows.shape[3] // rows.shape[2]
-    sheet = Image.new("RGB", (width, len(rows) * (line + side)), "white")
+def plot_grid(path, titles, faces):
+    """Save faces (R, n, 3, H, W) as R rows, each of 152 pixels, 24 for its title."""
+    faces = F.interpolate(faces.flatten(0, 1), 128)  # (R n, 3, 128, 128)
+    faces = F.pad(faces, (2, 2, 24, 0), value=1.0)  # white, (R n, 3, 152, 132)
+    grid = faces.unflatten(0, (len(titles), -1)).permute(2, 0, 3, 1, 4)
+    sheet = to_image(grid.flatten(3).flatten(1, 2))  # (3, R, H, n, W) -> (3, R H, n W)
     draw = ImageDraw.Draw(sheet)
-    for i, (title, row) in enumerate(zip(titles, rows)):
-        top = i * (line + side)
-        draw.text((4, top + 4), title, "black", font_size=14)
-        image = to_image(row).resize((width, side), Image.Resampling.NEAREST)
-        sheet.paste(image, (0, top + line))
-    sheet.save(make_folder(Path(path).parent) / Path(path).name)
-
-
-def plot_scatter(path, couples, side=400, margin=50):
-    """Save Fig. 5: y (n,) over x (n,), both in 0 to 2, of {gender: (x, y)}."""
-    low = margin + side
-    sheet = Image.new("RGB", (low + margin, low + margin), "white")
-    draw = ImageDraw.Draw(sheet)
-    draw.rectangle((margin, margin, low, low), outline="black")
-    draw.text((8, 8), "CD(fe1, fe2)", "black")
-    draw.text((low - 60, low + 25), "CD(c1, c2)", "black")
-    for tick in (0, 1, 2):
-        place = tick * side / 2
-        draw.text((margin + place - 3, low + 8), str(tick), "black")
-        draw.text((margin - 16, low - place - 6), str(tick), "black")
-    colors = ("gray", "steelblue", "darkorange")
-    for i, (kind, (x, y)) in enumerate(couples.items()):
-        draw.text((margin + 110 * (i + 1), 8), f"gender: {kind}", colors[i])
-        for a, b in zip(margin + x * side / 2, low - y * side / 2):
-            draw.ellipse((a - 2, b - 2, a + 2, b + 2), fill=colors[i])
+    for i, title in enumerate(titles):
+        draw.text((4, 152 * i + 4), title, "black", font_size=14)
+    make_folder(path.parent)
     sheet.save(path)
 
 
-def sample_batch(split, model, count, seed=0):
-    """A pair each of `count` people: speech (N, T), faces (N, 3, H, W), names."""
-    pairs = PairDataset(subsample(split, count), model.cfg, count, seed)
-    for batch in load_batches(pairs, [0], 0, model.device):
-        return batch
-    raise UserError(f"{split.folder}: nobody can be read (run check-data)")
+def plot_scatter(path, couples):
+    """Save Fig. 5: y (n,) over x (n,), both in 0 to 2, of {gender: (x, y)}."""
+    sheet = Image.new("RGB", (500, 500), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.rectangle((50, 50, 450, 450), outline="black")  # 200 pixels a unit
+    draw.text((8, 8), "CD(fe1, fe2)", "black")
+    draw.text((390, 475), "CD(c1, c2)", "black")
+    for tick in range(3):
+        draw.text((47 + 200 * tick, 458), str(tick), "black")
+        draw.text((34, 444 - 200 * tick), str(tick), "black")
+    colors = {"all": "gray", "different": "steelblue", "same": "darkorange"}
+    draw.text((160, 8), "gender: different blue, same orange, unknown gray", "black")
+    for gender, (x, y) in couples.items():
+        for a, b in zip(50 + 200 * x, 450 - 200 * y):
+            draw.ellipse((a - 2, b - 2, a + 2, b + 2), colors[gender])
+    sheet.save(path)
 
 
 @torch.no_grad()
-def plot_figures(model, split, folder, seed=0, columns=6):
-    """Save Fig. 2 to 6 of at most 200 people as folder/fig2.png to fig6.png."""
-    speech, faces, names = sample_batch(split, model, 200, seed)
-    c = torch.cat([model.speech_encoder(x) for x in speech.split(TEST_BATCH)])  # (N, D)
-    z = torch.randn(c.shape, generator=torch.Generator().manual_seed(seed)).to(c.device)
+def plot_figures(model, split, folder, seed=0):
+    """Save Fig. 2 to 6 of at most 200 people as folder/fig2.png to fig6.png.
+
+    A row starts with the speaker's own face. Then Fig. 2 changes z, Fig. 3 goes to the
+    next speaker's c, Fig. 4 to the next z; Fig. 6 has the real faces that are nearest.
+    """
+    c, faces, names = sample_people(split, model, 200, seed)
+    z = sample_z(len(c), seed, model.device)  # (N, D)
     generated = model.generator(z, c)  # (N, 3, H, W)
     fe = model.face_encoder(generated)  # (N, D)
-    nearest = (fe @ model.face_encoder(faces).T).argsort(1, descending=True)  # (N, N)
-    a = torch.linspace(0, len(c) - 1, 6).long()  # (R,), the people that are shown
-    b = a.roll(-1)
+    match = fe[:6] @ model.face_encoder(faces).T  # (R, N); the first R = 6 are shown
+    nearest = match.argsort(descending=True)[:, :5]  # (R, 5)
+    c1 = c[:6]  # (R, D)
+    c2 = c1.roll(-1, 0)
+    z1 = z[:6]  # (R, D)
+    z2 = z1.roll(-1, 0)
+    real = faces[:6]
     figures = defaultdict(list)  # of columns (R, 3, H, W)
-    for i in range(columns):
-        t = i / (columns - 1)  # from 0 to 1
-        figures["fig2"].append(model.generator(z[i % len(z)].expand_as(c[a]), c[a]))
-        figures["fig3"].append(model.generator(z[a], torch.lerp(c[a], c[b], t)))
-        figures["fig4"].append(model.generator(torch.lerp(z[a], z[b], t), c[a]))
-    figures["fig3"].append(faces[b])
-    figures["fig6"] = [generated[a], *faces[nearest[a, :5]].unbind(1)]
-    for name, found in figures.items():
-        rows = torch.stack([faces[a], *found], dim=1)  # (R, n, 3, H, W)
-        plot_grid(folder / f"{name}.png", [names[i] for i in a], rows)
+    for i in range(6):
+        t = i / 5  # from 0 to 1
+        z_i = z1[i % len(z1)].expand_as(c1)  # one z a column
+        figures["fig2"].append(model.generator(z_i, c1))
+        figures["fig3"].append(model.generator(z1, torch.lerp(c1, c2, t)))
+        figures["fig4"].append(model.generator(torch.lerp(z1, z2, t), c1))
+    figures["fig3"].append(real.roll(-1, 0))
+    figures["fig6"] = [generated[:6], *faces[nearest].unbind(1)]
+    for name, columns in figures.items():
+        rows = torch.stack([real, *columns], dim=1)  # (R, n, 3, H, W)
+        plot_grid(folder / f"{name}.png", names[:6], rows)
     labels = read_labels(split.folder.parent)
     genders = np.array([gender_of(labels.get(name, {})) for name in names])
-    distances = cosine_distances(c.cpu(), fe.cpu(), genders, seed)
-    plot_scatter(folder / "fig5.png", distances)
+    couples = cosine_distances(c.cpu(), fe.cpu(), genders, seed)
+    plot_scatter(folder / "fig5.png", couples)
 
 
-def make_table(metrics, rows, columns):
-    """A Markdown table of metrics[key.format(row)], of columns {title: key}.
-
-    Without columns that no row has.
-    """
-    known = {}
-    for title, key in columns.items():
-        if any(key.format(row) in metrics for row in rows):
-            known[title] = key
-    lines = ["| | " + " | ".join(known) + " |", "|---" * (len(known) + 1) + "|"]
-    for row in rows:
-        cells = [row]
-        for key in known.values():
-            cell = metrics.get(key.format(row), "")
-            std = metrics.get(key.format(row) + "/std")
-            if isinstance(cell, float):
-                cell = f"{cell:.2f}"
-            cells.append(cell if std is None else f"{cell} ± {std:.2f}")
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines) + "\n\n" if known else ""
+def make_table(rows):
+    """A Markdown table of {row: {column: cell}}; cells may be missing."""
+    columns = list(dict.fromkeys(itertools.chain(*rows.values())))
+    lines = [["", *columns], ["---"] * (len(columns) + 1)]
+    for row, cells in rows.items():
+        lines.append([row, *[str(cells.get(column, "")) for column in columns]])
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines) + "\n"
 
 
-def report(model, split, cfg, judge=None, other=None, control=()):
+def report(model, split, cfg, judge=None, other=None, control=None):
     """Test; write OUT/metrics.json; print and return the scores as tables."""
     labels = read_labels(split.folder.parent)
-    metrics = evaluate(model, split, cfg, cfg.runs, labels, judge, other)
-    rows = []
-    for key, value in metrics.items():
-        kind = key.partition("/")[0]
-        if isinstance(value, float) and kind not in KINDS and not key.endswith("/std"):
-            rows.append(key)
-    metrics |= control
+    metrics, table = evaluate(model, split, cfg, cfg.runs, labels, judge, other)
+    for name in table.keys() & PAPER_RESULTS:
+        table[name]["paper"] = PAPER_RESULTS[name]
+    head = "{data}/{split}: {people} people, {left_out} left out; {runs} runs, ± std"
+    text = head.format(**metrics) + "\n\n" + make_table(table)
+    if control:
+        text += make_table(control)
+        for factor, cells in control.items():
+            for column, value in cells.items():
+                metrics[f"control/{factor}/{column}"] = value
     path = make_folder(cfg.out) / "metrics.json"
     path.write_text(json.dumps(metrics, indent=1) + "\n")
-    text = "{data}/{split}: {people} people, {left_out} left out; {runs} runs, ± std"
-    text = text.format(**metrics) + "\n\n"
-    kinds = {kind: kind + "/{}" for kind in KINDS}
-    kinds["generated" if model.generator else "real"] = "{}"
-    text += make_table(metrics | PAPER_RESULTS, rows, kinds)
-    shares = {name: f"control/{{}}/{name}" for name in CONTROL}
-    text += make_table(metrics, FACTORS, shares)
     print(text, end="", flush=True)
     return text
 
@@ -1120,11 +1120,11 @@ def gan_test(args):
             raise UserError("--judge, --other: must have the --size of --gan")
     split = open_corpus(args.data, {"test": 2})["test"]
     labels = read_labels(args.data)
-    control = {}
+    control = None
     if has_factors(labels, split.names):
-        corpus = open_corpus(args.data, {"train": 2, "test": 2})
-        if has_factors(labels, corpus["train"].names):
-            control = control_scores(model, corpus, labels)
+        train = open_corpus(args.data, {"train": 2})["train"]
+        if has_factors(labels, train.names):
+            control = control_scores(model, train, split, labels)
     page = f"# {args.gan}\n\n" + report(model, split, args, judge, other, control)
     plot_figures(model, split, Path(args.out), args.seed)
     for number in range(2, 7):
@@ -1146,8 +1146,7 @@ def generate(args):
         speech = load_speech(path, SPEECH_SECONDS, rng)  # (T,)
         c = model.speech_encoder(torch.from_numpy(speech)[None].to(device))  # (1, D)
         seed = args.seed if as_grid else args.seed + i  # in a grid one z a column
-        noise = torch.Generator().manual_seed(seed)
-        z = torch.randn(args.n, EMBED_DIM, generator=noise).to(device)  # (n, D)
+        z = sample_z(args.n, seed, device)  # (n, D)
         faces = model.generator(z, c.expand_as(z))  # (n, 3, H, W)
         if as_grid:
             rows.append(faces)
@@ -1156,7 +1155,7 @@ def generate(args):
             name = f"{i + 1:04}_{Path(path).stem}_z{k}.png"
             to_image(face).save(make_folder(args.out) / name)
     if as_grid:
-        plot_grid(args.out, args.speech, torch.stack(rows))
+        plot_grid(Path(args.out), args.speech, torch.stack(rows))
     print(f"{args.out}: {args.n} faces for each of {len(args.speech)} recordings")
 
 
