@@ -1164,12 +1164,10 @@ def generate(args):
 # 1200.jpg was taken 1200 ms into the one recording of its clip; the speech beside it
 # leaves out TIME_GUARD before and after that moment.
 SPLITS = ("train", "val", "test")
-SPEECH_ENDINGS = (".wav", ".flac", ".mp3", ".m4a", ".aac", ".ogg", ".opus", ".wma")
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png")
 SPEECH_SECONDS = 6.0  # in tests and for generation [paper §4]
 TIME_GUARD = 0.3  # s between an image's moment and its speech [ours]
 MIN_SPEECH = 0.5  # s; less speech is a fault [ours]
-MIN_RATE = 4000  # samples per second; less is a fault [ours]
 MIN_SOUND = 0.1  # share of the speech that must not be silent [ours]
 MIN_SIDE = 32  # pixels; a smaller face is a fault [ours]
 LOADER_TIMEOUT = 120  # s without a batch: a loader process is dead [ours]
@@ -1181,16 +1179,13 @@ Split = namedtuple("Split", "folder names")
 
 
 def open_corpus(data, least):
-    """{split: Split} of the splits in `least`, {split: identities it needs}."""
+    """The splits of a corpus, {name: Split}; least is {name: identities it needs}."""
     read_labels(data)  # a fault in it shall not wait for the end of a training
     corpus = {}
     for split, count in least.items():
         folder = Path(data, split)
         if not folder.is_dir():
-            raise UserError(
-                f"{folder}: no such folder; a corpus is "
-                f"{data}/{{train,val,test}}/<identity>/<clip>/ with *.wav and *.jpg"
-            )
+            raise UserError(f"{folder}: no such folder, a corpus has train, val, test")
         names = [e.name for e in os.scandir(folder) if e.is_dir() and e.name[0] != "."]
         if len(names) < count:
             raise UserError(f"{folder}: {len(names)} identities, {count} are needed")
@@ -1209,18 +1204,17 @@ def subsample(split, count):
 
 
 def read_labels(data):
-    """labels.csv as {identity: {column: text}}; {} without one. No training uses it."""
+    """labels.csv as {identity: {column: text}}; {} without one; not for training."""
     path = Path(data, "labels.csv")
     labels = {}
     if not path.exists():
         return labels
     with explain(f"{path}: must be CSV in UTF-8 with a column 'identity'"):
         lines = path.read_text("utf-8-sig").splitlines()
-        header, *rows = csv.reader(lines, skipinitialspace=True)
-        columns = [column.strip().lower() for column in header]
-        for cells in filter(any, rows):  # not empty lines
-            row = dict(zip(columns, map(str.strip, cells)))
-            name = row["identity"]
+        rows = csv.DictReader(lines, restval="", skipinitialspace=True)
+        rows.fieldnames = [name.strip().lower() for name in rows.fieldnames]
+        for row in rows:
+            name = row["identity"].strip()
             if gender_of(labels.setdefault(name, row)) != gender_of(row):
                 raise UserError(f"{path}: rows of {name} contradict each other")
     return labels
@@ -1228,80 +1222,81 @@ def read_labels(data):
 
 def gender_of(row):
     """The gender in a row of labels.csv: "male", "female", or "" if neither."""
-    return GENDERS.get(row.get("gender", "").lower(), "")
+    return GENDERS.get(row.get("gender", "").strip().lower(), "")
 
 
 def list_pairs(identity):
     """The recordings of an identity with their images: [(recording, images, timed)].
 
-    They are the images of its clip folder or, where that has none, as in VoxCeleb with
-    VGGFace, all of the identity. timed: it is the one recording of its folder, so that
-    the images' names may tell moments. Of a recording in several formats, the one
-    listed first in SPEECH_ENDINGS is used.
+    A recording's images are those in its folder or, if there are none, as in VoxCeleb
+    with VGGFace, all of the identity. timed says that it is the one recording of its
+    folder, so that the images' names may tell moments.
     """
-    clips = []
-    for clip in sorted(glob.glob(f"{glob.escape(str(identity))}/*/")):  # no hidden ones
-        files = sorted(Path(clip).glob("[!.]*"))
-        images = [file for file in files if file.suffix.lower() in IMAGE_ENDINGS]
-        recordings = {}
-        for ending in SPEECH_ENDINGS:
-            for file in files:
-                if file.suffix.lower() == ending:
-                    recordings.setdefault(file.stem, file)
-        clips.append((recordings.values(), images))
-    everywhere = [image for _, images in clips for image in images]
-    if not everywhere:
-        raise UserError(f"{identity}: no image in its clip folders")
     pairs = []
-    for recordings, images in clips:
+    everywhere = []  # all images; the pairs share this list while it grows
+    for clip in sorted(glob.glob("*/", root_dir=identity)):  # no hidden ones
+        files = sorted(Path(identity, clip).iterdir())
+        files = [file for file in files if file.name[0] != "."]
+        images = [file for file in files if file.suffix.lower() in IMAGE_ENDINGS]
+        everywhere += images
+        recordings = [file for file in files if file.suffix.lower() == ".wav"]
         timed = bool(images) and len(recordings) == 1
         pairs += [(file, images or everywhere, timed) for file in recordings]
+    if not everywhere:
+        raise UserError(f"{identity}: no image in its clip folders")
     if not pairs:
         raise UserError(f"{identity}: no recording in its clip folders")
     return pairs
 
 
-def image_time(image):
-    """The moment (s) that an image's name tells, or None."""
-    return int(image.stem) / 1000 if image.stem.isdecimal() else None
+def image_time(image, timed):
+    """The moment (s) in an image's name; None if there is none, or it is not timed."""
+    return int(image.stem) / 1000 if timed and image.stem.isdecimal() else None
 
 
 def read_audio(path):
-    """All samples of a recording, (T,) in [-1, 1], and its rate."""
-    with explain(f"{path}: neither 16-bit WAV nor readable by torchaudio"):
-        try:
-            with open(path, "rb") as file, wave.open(file) as header:
-                if header.getsampwidth() != 2:
-                    raise wave.Error("not 16-bit")
-                channels = header.getnchannels()
-                raw = file.read()  # all that follows: the header's length may be wrong
-                size = 2 * channels * header.getnframes()
-                if size and re.match(rb"[\w ]{4}|ID3|TAG", raw[size : size + 4]):
-                    raw = raw[:size]  # another chunk follows
-            frames = len(raw) // (2 * channels)
-            x = np.frombuffer(raw, "<i2", frames * channels).reshape(frames, channels)
-            return x.mean(1, dtype=np.float32) / 32768, header.getframerate()
-        except (wave.Error, EOFError):
-            x, rate = torchaudio.load(path)  # (channels, T)
-            return x.mean(0).numpy(), rate
+    """All samples of a 16-bit WAV, (T,) in [-1, 1], at SAMPLE_RATE."""
+    problem = f"{path}: must be 16-bit WAV, as ffmpeg -i IN -ac 1 OUT.wav writes"
+    with explain(problem), open(path, "rb") as file, wave.open(file) as header:
+        if header.getsampwidth() != 2:
+            raise wave.Error("not 16-bit")
+        frame = np.dtype(("<i2", (header.getnchannels(),)))
+        raw = file.read()  # all that follows: the header's length may be wrong
+        size = header.getnframes() * frame.itemsize
+        if size and re.match(rb"[\w ]{4}|ID3|TAG", raw[size : size + 4]):
+            raw = raw[:size]  # another chunk follows
+        x = np.frombuffer(raw, frame, len(raw) // frame.itemsize)  # (T, channels)
+        x = torch.from_numpy(x.mean(1, dtype=np.float32) / 32768)  # (T,)
+        # At odd rates the resampler's filters would cost GB.
+        rate = 25 * round(header.getframerate() / 25)
+        return torchaudio.functional.resample(x, rate, SAMPLE_RATE).numpy()
 
 
-def sample_window(x, rate, seconds, moment, rng):
-    """A random window (T,) of speech x, from before or after an image's moment (s).
+def spare_moment(path, x, moment):
+    """The parts of speech x (T,) from before and after an image's moment (s), or [x].
 
     Speech and face come from different time frames [paper §4]: TIME_GUARD is left out
-    on both sides. If neither side is long enough, it is the whole longer side.
+    on both sides. Raises UserError if the moment is after the end, or if neither part
+    has MIN_SPEECH.
     """
-    sides = [x]
+    parts = [x]
     if moment is not None:
-        before = max(0, math.floor((moment - TIME_GUARD) * rate))
-        after = math.ceil((moment + TIME_GUARD) * rate) + 1
-        sides = [x[:before], x[after:]]
-    window = math.ceil(seconds * rate)
-    fitting = [side for side in sides if len(side) >= window]
-    side = pick(fitting or [max(sides, key=len)], rng)
-    start = rng.integers(max(1, len(side) - window + 1))
-    return side[start : start + window]
+        if moment > len(x) / SAMPLE_RATE:
+            raise UserError(f"{path}: ends before its image's time of {moment} s")
+        before = max(0, math.floor((moment - TIME_GUARD) * SAMPLE_RATE))
+        after = math.ceil((moment + TIME_GUARD) * SAMPLE_RATE) + 1
+        parts = [x[:before], x[after:]]
+    if max(map(len, parts)) < MIN_SPEECH * SAMPLE_RATE:
+        raise UserError(f"{path}: under {MIN_SPEECH} s of speech away from its image")
+    return parts
+
+
+def sample_window(parts, length, rng):
+    """A random window of a random part that is long enough, or of the longest part."""
+    fitting = [part for part in parts if len(part) >= length]
+    part = pick(fitting or [max(parts, key=len)], rng)
+    start = rng.integers(max(1, len(part) - length + 1))
+    return part[start : start + length]
 
 
 def pick(items, rng):
@@ -1315,24 +1310,15 @@ def load_speech(path, seconds=None, rng=None, moment=None):
     Shorter speech is repeated, longer cut at random [paper §4]. Raises UserError where
     there is too little speech, or hardly a sound in it.
     """
-    x, rate = read_audio(path)
-    if rate < MIN_RATE:
-        raise UserError(f"{path}: {rate} samples per second, {MIN_RATE} are needed")
-    if not np.isfinite(x).all():
-        raise UserError(f"{path}: not all samples are finite numbers")
-    if moment is not None and moment > len(x) / rate:
-        raise UserError(f"{path}: ends before its image's time of {moment} s")
+    x = read_audio(path)
+    parts = spare_moment(path, x, moment)
     if seconds:
-        x = sample_window(x, rate, seconds, moment, rng)
-    least = min(MIN_SPEECH, seconds or MIN_SPEECH)
-    if len(x) < least * rate:
-        raise UserError(f"{path}: under {least} s of speech away from its image")
+        length = round(seconds * SAMPLE_RATE)
+        x = sample_window(parts, length, rng)
     sound = [part.std() > SILENCE for part in np.array_split(x, 50)]
     if np.mean(sound) < MIN_SOUND:
         raise UserError(f"{path}: silent")
-    rate = 25 * round(rate / 25)  # for odd rates the resampler's filters would cost GB
-    x = torchaudio.functional.resample(torch.from_numpy(x), rate, SAMPLE_RATE).numpy()
-    return np.resize(x, round(seconds * SAMPLE_RATE)) if seconds else x  # repeats, cuts
+    return np.resize(x, length) if seconds else x  # repeats
 
 
 def load_face(path, size):
@@ -1371,10 +1357,10 @@ def to_faces(images):
 class PairDataset:
     """Batches of pairs of different identities; each depends on seed and number alone.
 
-    A batch is speech (B, T), faces as uint8 (B, H, W, 3), names, and the faults of
-    pairs that cannot be read. For training (cfg.seconds of speech) identities and flips
-    are random, and others replace unreadable ones; for tests (SPEECH_SECONDS) everybody
-    comes, in order.
+    A batch is speech (B, T), faces as uint8 (B, H, W, 3) and names. Pairs that cannot
+    be read are left out with a warning. For training (cfg.seconds of speech) identities
+    and flips are random, and others replace unreadable ones; for tests (SPEECH_SECONDS)
+    everybody comes, in order.
     """
 
     split: Split
@@ -1392,33 +1378,32 @@ class PairDataset:
         else:
             names = names[number * self.batch : (number + 1) * self.batch]
         pairs = []
-        faults = []
         for name in names:
             try:
-                pairs.append((*self.load_pair(name, rng), name))
+                pairs.append(self.load_pair(name, rng))
             except (UserError, OSError) as fault:
-                faults.append(str(fault))
+                print(f"warning: left out: {fault}", file=sys.stderr)
             if len(pairs) == self.batch:
                 break
         speech, faces, names = zip(*pairs) if pairs else ([], [], [])
-        return np.array(speech), np.array(faces), list(names), faults
+        return np.array(speech), np.array(faces), names
 
     def load_pair(self, name, rng):
-        """Speech (T,) and a face (H, W, 3): a random recording, one of its images."""
+        """Speech (T,), face (H, W, 3), name: a random recording, one of its images."""
         recording, images, timed = pick(list_pairs(self.split.folder / name), rng)
         image = pick(images, rng)
-        moment = image_time(image) if timed else None
+        moment = image_time(image, timed)
         face = load_face(image, self.cfg.size)
         if self.training and rng.random() < 0.5:
             face = face[:, ::-1]  # [ours]
         seconds = self.cfg.seconds if self.training else SPEECH_SECONDS
-        return load_speech(recording, seconds, rng, moment), face
+        return load_speech(recording, seconds, rng, moment), face, name
 
 
 def load_batches(pairs, numbers, workers, device):
     """Yield speech (B, T), faces (B, 3, H, W) and names of batches by number.
 
-    Warns of pairs left out. Raises UserError where a training batch cannot be filled.
+    Raises UserError where a training batch cannot be filled.
     """
     loader = torch.utils.data.DataLoader(
         pairs,
@@ -1427,12 +1412,9 @@ def load_batches(pairs, numbers, workers, device):
         num_workers=workers,
         timeout=LOADER_TIMEOUT if workers else 0,
     )
-    for speech, faces, names, faults in loader:
-        for fault in faults:
-            print(f"warning: left out: {fault}", file=sys.stderr)
+    for speech, faces, names in loader:
         if pairs.training and len(names) < pairs.batch:
-            problem = f"too many unreadable files, run check-data: {faults[-1]}"
-            raise UserError(problem)
+            raise UserError("too many unreadable files: run check-data")
         if names:
             yield speech.to(device), to_faces(faces.to(device)), names
 
@@ -1444,13 +1426,18 @@ def check_data(args):
     used = {Path(args.folder, "labels.csv")}
     faults = []
     for split in corpus.values():
-        check_split(split, used, faults)
+        used |= check_split(split, faults)
         rows = [labels.pop(name, {}) for name in split.names]
         genders = Counter(row.get("gender", "") for row in rows)
         for text, count in genders.items():
             gender = gender_of({"gender": text}) or "unknown"
             print(f"  {count} people of gender {text!r}: {gender}")
-    unused = {"rows of labels.csv": list(labels)} | list_unused(args.folder, used)
+    unused = defaultdict(list)
+    for path in Path(args.folder).rglob("[!.]*"):
+        if path not in used and not path.is_dir():
+            depth = len(path.relative_to(args.folder).parts)  # 4 is a clip's file
+            unused[f"files {'*/' * (depth - 1)}*{path.suffix}"].append(path)
+    unused["rows of labels.csv"] += labels
     for kind, found in unused.items():
         if found:
             print(f"not used: {len(found)} {kind}, such as {min(found)}")
@@ -1458,70 +1445,39 @@ def check_data(args):
     return 1 if faults else 0
 
 
-def check_split(split, used, faults):
-    """Read a split's files; print what it holds; extend used and faults."""
-    before = len(used)
+def check_split(split, faults):
+    """Read a split's files; print what it holds; extend faults; return its files."""
+    files = set()
     seconds = []
     times = []
     for name in split.names:
-        pairs = attempt(faults, list_pairs, split.folder / name) or []
+        pairs = attempt(faults, list_pairs, split.folder / name)
         for recording, images, timed in pairs:
             speech = attempt(faults, load_speech, recording)
-            seconds.append(0 if speech is None else len(speech) / SAMPLE_RATE)
-            for image in set(images) - used:
-                moment = image_time(image) if timed else None
-                times += [] if moment is None else [moment]
-                attempt(faults, check_image, image, moment, seconds[-1])
-            used.update([recording, *images])
-    images = len(used) - before - len(seconds)
-    hours = sum(seconds) / 3600
-    counts = f"{len(split.names)} identities, {len(seconds)} recordings ({hours:.2f} h)"
-    counts += f", {images} images, {len(times)} with a time"
-    if times:
-        counts += f" ({min(times)} to {max(times)} s)"
+            seconds.append(len(speech) / SAMPLE_RATE)
+            for image in sorted(set(images) - files):
+                attempt(faults, load_face, image, MIN_SIDE)
+                moment = image_time(image, timed)
+                if moment is not None and len(speech):
+                    attempt(faults, spare_moment, recording, speech, moment)
+                    times.append(moment)
+            files.update([recording, *images])
+    counts = f"{len(split.names)} identities, {len(seconds)} recordings"
+    counts += f" ({sum(seconds) / 3600:.2f} h), {len(files) - len(seconds)} images"
     print(f"{split.folder.name}: {counts}", flush=True)
+    if times:
+        print(f"  {len(times)} images with a time, {min(times)} to {max(times)} s")
+    return files
 
 
 def attempt(faults, function, *args):
-    """function(*args), or None where it finds a fault, which is printed and noted."""
+    """function(*args), or () where it finds a fault, which is printed and noted."""
     try:
         return function(*args)
     except (UserError, OSError) as fault:
         print(f"fault: {fault}", flush=True)
         faults.append(fault)
-
-
-def check_image(image, moment, end):
-    """Raise UserError for a faulty image, or a moment (s) without speech beside it.
-
-    end is the length (s) of its recording, 0 where that cannot be read.
-    """
-    load_face(image, MIN_SIDE)
-    if moment is None or end == 0:
-        return
-    if moment > end:
-        raise UserError(f"{image}: its recording ends at {end:.2f} s")
-    if max(moment, end - moment) < TIME_GUARD + MIN_SPEECH:
-        raise UserError(f"{image}: too little speech before and after it")
-
-
-def list_unused(data, used):
-    """The files of a corpus that are not in used: {kind: paths}."""
-    unused = defaultdict(list)
-
-    def cannot_open(error):
-        unused["folders without permission"].append(Path(error.filename))
-
-    for parent, _, files in os.walk(data, onerror=cannot_open):
-        depth = len(Path(parent).relative_to(data).parts)
-        for path in (Path(parent, file) for file in files if file[0] != "."):
-            if not path.exists():
-                unused["links to nowhere"].append(path)
-            elif path not in used and depth != 3:
-                unused["files outside of <split>/<identity>/<clip>/"].append(path)
-            elif path not in used:
-                unused[f"files of type {path.suffix or 'none'}"].append(path)
-    return unused
+        return ()
 
 
 # ==== 7. Synthetic people: voices by source and filter, drawn faces [all ours] ========
@@ -1678,14 +1634,12 @@ def ideal_faces(people, size, rng):
 
 def has_factors(labels, names):
     """Whether labels.csv tells all factors of these people: they are synthetic."""
-    if not labels:
-        return False
     try:
         people = [labels[name] for name in names]
-        values = factor_values(people, [*FACTORS, *VOICE_FACTORS, "link"])
+        factor_values(people, [*FACTORS, *VOICE_FACTORS, "link"])
     except (KeyError, ValueError):
         return False
-    return bool((values[:, -1] < 1).all())
+    return True
 
 
 def factor_values(people, columns):
@@ -1719,11 +1673,11 @@ def make_data(args):
     val = max(10, round(0.06 * args.identities))
     test = max(10, round(0.14 * args.identities))
     train = args.identities - val - test
-    splits = ["train"] * train + ["val"] * val + ["test"] * test
+    splits = np.repeat(SPLITS, [train, val, test])  # (P,)
     with tempfile.TemporaryDirectory(dir=make_folder(data.parent)) as scratch:
         part = Path(scratch, data.name)
         write = functools.partial(write_person, part, args.seed)
-        with ProcessPoolExecutor(min(16, os.cpu_count())) as pool:
+        with ProcessPoolExecutor() as pool:
             rows = list(pool.map(write, range(args.identities), splits))
         with open(part / "labels.csv", "w", encoding="utf8", newline="") as file:
             writer = csv.DictWriter(file, rows[0])
