@@ -19,8 +19,8 @@ The file
     1 Inference, 2 Generation and 3 Training are the method, in the paper's order.
     4 Evaluation, 5 Figures and reports, 6 Data, 7 Synthetic people (the default
     corpus), 8 Plumbing and 9 Command line serve it. Section 3 uses from them
-    `validate` (4), `report` and `plot_figures` (5), `load_model` and `Run` (8), which
-    holds device, corpus, batches, log and checkpoints.
+    `validate` (4), `report` and `plot_figures` (5), `load_model`, `distribute` and
+    `Run` (8), which holds device, corpus, batches, log and checkpoints.
 
 Symbols
     paper   here                  shape         meaning
@@ -47,11 +47,12 @@ Sources
 Where this differs from the paper (the README's table has edits and measured effects)
     - Embeddings are L2-normalised to one length: it improves the untrained direction.
     - Waveforms get zero mean and rms 1: offset and loudness are the microphone's.
-    - A clip's negatives are other clips of its batch, so each clip is encoded once.
+    - A clip's negatives are its batch's other clips, of other identities where folders
+      tell them, so each clip is encoded once.
     - Images are flipped at random in training; the S and F that validate best are kept.
-    - AdaIN's style is [z, c] with c of length 1, or z loses background and glasses.
+    - G's input and style are [z, c], c of length 1, or z loses background and glasses.
     - psi reads F's pooled features, not phi(f), and their std over the batch.
-    - G up-samples after its convolution; before, as in SNGAN, takes 1.5 times as long.
+    - G's blocks up-sample after conv1; before it, as in SNGAN, takes 1.5 times as long.
     - F has no spectral norm [SNGAN]: R1 restrains D. R1 is lazy [StyleGAN2].
     - S is frozen in stage two; a running average of G's weights is what is tested.
     - G's step takes the scores of real faces from D's step, before D has learned.
@@ -61,7 +62,7 @@ Where this differs from the paper (the README's table has edits and measured eff
     - The preset `small`, for two CPU cores: 1.5 s of speech, 64x64 pixels, a sinc layer
       of stride 8, narrower layers, synthetic people. The preset `paper` has the sizes
       of the paper and its sources.
-    - An image's moment is left out of its speech only where its name tells it.
+    - Speech near an image's time is left out only where the file's name tells the time.
 """
 
 import argparse
@@ -119,7 +120,7 @@ def explain(problem):
 # ==== 1. Inference: two encoders and the K-way loss [paper §3.1] ======================
 
 # PASE's layers after its first: kernel, stride, channels / width.
-PASE_LAYERS = (  # [PASE]; the strides multiply to 160, so 6 s give 600 frames
+PASE_LAYERS = (  # [PASE]; strides multiply to 160: 6 s, sinc stride 1: 600 frames
     (20, 10, 1),
     (11, 2, 2),
     (11, 1, 2),
@@ -182,7 +183,7 @@ def hz_to_mel(hz):
 
 
 def l2_normalize(x, scale):
-    """Embeddings (B, D) of length scale; inner products: scale^2 cos(angle) [ours]."""
+    """Give x (B, D) the length scale: inner products are scale^2 cos(angle) [ours]."""
     return scale * F.normalize(x, dim=1)
 
 
@@ -249,7 +250,7 @@ class FaceEncoder(nn.Module):
     """F: faces (B, 3, H, W) -> embeddings (B, D). The body of [SNGAN]'s discriminator.
 
     Blocks halve the side down to 4 and double the channels; one more block keeps both.
-    ReLU and a sum over the 4x4 positions follow [SNGAN], then a linear map [ours].
+    Then come a ReLU, a sum over the 4x4 positions [SNGAN], and a linear map [ours].
     There is no batch norm [SNGAN]. [SNGAN] has size 128 and width 64.
     """
 
@@ -315,7 +316,7 @@ def match_logits(speech_emb, face_emb, candidates, direction):
 
 
 def match_loss(logits):
-    """Cross-entropy of Eq. 1, p(f_j | s) = softmax_j <S(s), F(f_j)>, at j = 0; ()."""
+    """Eq. 1: cross-entropy of p(f_j | s) = softmax_j <S(s), F(f_j)>, label 0; -> ()."""
     positive = torch.zeros(len(logits), dtype=torch.long, device=logits.device)  # (B,)
     return F.cross_entropy(logits, positive)
 
@@ -326,7 +327,7 @@ def top1(logits):
     So an encoder that always gives the same answer scores chance, not 100 %.
     """
     best = logits == logits.max(1, keepdim=True).values  # (B, K)
-    return best[:, 0] / best.sum(1).clamp(min=1)  # none is, where logits are NaN
+    return best[:, 0] / best.sum(1).clamp(min=1)  # logits may be NaN: 0/1
 
 
 # ==== 2. Generation: AdaIN generator, projection discriminator, losses [paper §3.2] ===
@@ -397,8 +398,8 @@ class Generator(nn.Module):
         widths = [widths[-1], *reversed(widths)]  # 1024 1024 512 256 128 64 [SNGAN]
         self.first = nn.Linear(2 * EMBED_DIM, widths[0] * 4 * 4)
         self.blocks = nn.ModuleList()
-        for i in range(doublings):
-            self.blocks.append(GBlock(widths[i], widths[i + 1]))
+        for channels, out in itertools.pairwise(widths):
+            self.blocks.append(GBlock(channels, out))
         self.norm = AdaIN(width)
         self.last = nn.Conv2d(width, 3, 3, padding=1)
         self.apply(init_conv)
@@ -480,56 +481,56 @@ def r1_penalty(discriminator, real, c):
 
 # ==== 3. Training both stages [paper §3, §4] ==========================================
 
-# Settings, as --flag: (default, meaning); of several values the first is the default.
+# Settings {flag: (default, meaning)}; of several values the first is the default.
 SYNTHETIC = "data/synthetic"  # made where it is missing
 DIRECTIONS = ("v-f", "f-v")
-SEED = {"seed": (0, "seed of all randomness")}
-DEVICE = {"device": ("auto", "cpu, cuda, cuda:1, ...; auto is cuda where there is one")}
+SEED = (0, "seed of all randomness")
+DEVICE = ("auto", "cpu, cuda, cuda:1, ...; auto is cuda where there is one")
 TEST_SETTINGS = {
-    **SEED,
-    **DEVICE,
-    "data": (SYNTHETIC, "corpus folder; trainings make this default if it is missing"),
-    "workers": (0, "loader processes; 0: this process loads"),
-    "runs": (5, "runs of a test, each with fresh negatives [paper §4]"),
+    "--seed": SEED,
+    "--device": DEVICE,
+    "--data": (SYNTHETIC, "corpus folder; trainings make this one if it is missing"),
+    "--workers": (0, "loader processes; 0: this process loads"),
+    "--runs": (5, "runs of a test, each with fresh negatives [paper §4]"),
 }
 RUN_SETTINGS = {
     **TEST_SETTINGS,
-    "preset": (("small", "paper"), "sizes for two CPU cores, or the paper's"),
-    "val_clips": (2000, "identities of a validation at most [ours]"),
-    "save_every": (100, "steps between checkpoints"),
-    "log_every": (50, "steps between lines of the log"),
-    "resume": (False, "continue the run in --out, if there is one"),
+    "--preset": (("small", "paper"), "sizes for two CPU cores, or the paper's"),
+    "--val-clips": (2000, "identities of a validation at most [ours]"),
+    "--save-every": (100, "steps between checkpoints"),
+    "--log-every": (50, "steps between lines of the log"),
+    "--resume": (False, "continue the run in --out, if there is one"),
 }
 MATCH_SETTINGS = {
     **RUN_SETTINGS,
-    "out": ("runs/match", "run folder: checkpoints, log, metrics"),
-    "direction": (DIRECTIONS, "given a voice pick a face, or the reverse"),
-    "k": (10, "candidates of a matching task in training [paper §4]"),
-    "steps": (1200, "training steps [ours]"),
-    "batch": (32, "clips per step and process [ours]"),
-    "seconds": (1.5, "of speech in a training pair [ours]; 6 in [paper §4]"),
-    "size": ((64, 32, 128), "side of a face [ours]; 128 in [paper §2]"),
-    "sinc_stride": ((8, 1, 2, 4), "of the sinc layer [ours]; 1 in [PASE]"),
-    "speech_width": (16, "sinc filters, unit of S's widths [ours]; 64 in [PASE]"),
-    "face_width": (16, "F's first channels [ours]; 64 in [SNGAN]"),
-    "embed_scale": (3.5, "length of an embedding [ours]"),
-    "lr": (0.02, "peak learning rate of SGD [ours]"),
-    "eval_every": (400, "steps between validations"),
+    "--out": ("runs/match", "run folder: checkpoints, log, metrics"),
+    "--direction": (DIRECTIONS, "given a voice pick a face, or the reverse"),
+    "--k": (10, "candidates of a matching task in training [paper §4]"),
+    "--steps": (1200, "training steps [ours]"),
+    "--batch": (32, "clips per step and process [ours]"),
+    "--seconds": (1.5, "of speech in a training pair [ours]; 6 in [paper §4]"),
+    "--size": ((64, 32, 128), "side of a face [ours]; 128 in [paper §2]"),
+    "--sinc-stride": ((8, 1, 2, 4), "of the sinc layer [ours]; 1 in [PASE]"),
+    "--speech-width": (16, "sinc filters, unit of S's widths [ours]; 64 in [PASE]"),
+    "--face-width": (16, "F's first channels [ours]; 64 in [SNGAN]"),
+    "--embed-scale": (3.5, "length of an embedding [ours]"),
+    "--lr": (0.02, "peak learning rate of SGD [ours]"),
+    "--eval-every": (400, "steps between validations"),
 }
 GAN_SETTINGS = {
     **RUN_SETTINGS,
-    "match": ("runs/match/best.pt", "checkpoint of match-train"),
-    "out": ("runs/gan", "run folder: checkpoint, log, samples, metrics"),
-    "loss": (("relid", "rel"), "relid: Eq. 5; rel: Eq. 4 [paper §3.2]"),
-    "steps": (6500, "training steps, each one of D and one of G [ours]"),
-    "batch": (8, "real faces per step and process [ours]"),
-    "width": (16, "G's last channels [ours]; 64 in [SNGAN]"),
-    "weight": (1.0, "of <c, phi(f)> beside psi(f); 1 in [paper §3.2]"),
-    "lr": (2e-3, "learning rate of G's Adam [ours]"),
-    "d_lr": (1e-3, "learning rate of D's Adam [ours]"),
-    "gamma": (0.5, "weight of R1, gamma/2 E |grad_f g(f, c+)|^2 [ours]"),
-    "ema_decay": (0.998, "of the running average of G's weights [ours]"),
-    "eval_every": (1000, "steps between validations and samples"),
+    "--match": ("runs/match/best.pt", "checkpoint of match-train"),
+    "--out": ("runs/gan", "run folder: checkpoint, log, samples, metrics"),
+    "--loss": (("relid", "rel"), "relid: Eq. 5; rel: Eq. 4 [paper §3.2]"),
+    "--steps": (5000, "training steps, each one of D and one of G [ours]"),
+    "--batch": (8, "real faces per step and process [ours]"),
+    "--width": (16, "G's last channels [ours]; 64 in [SNGAN]"),
+    "--weight": (1.0, "of <c, phi(f)> beside psi(f); 1 in [paper §3.2]"),
+    "--lr": (2e-3, "learning rate of G's Adam [ours]"),
+    "--d-lr": (1e-3, "learning rate of D's Adam [ours]"),
+    "--gamma": (0.5, "weight of R1, gamma/2 E |grad_f g(f, c+)|^2 [ours]"),
+    "--ema-decay": (0.998, "of the running average of G's weights [ours]"),
+    "--eval-every": (1000, "steps between validations and samples"),
 }
 LONG = {"batch": 64, "steps": 200_000, "eval_every": 2000, "save_every": 1000}
 PAPER_PRESET = {  # sizes as in the sources above, the rest [ours]
@@ -590,8 +591,8 @@ def match_train(cfg):
     schedule = make_schedule(optimizer, cfg.steps, WARM_UP)
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
     best = run.resume(parts).get("best", -1.0)
-    speech_net = run.distribute(model.speech_encoder)
-    face_net = run.distribute(model.face_encoder)
+    speech_net = distribute(model.speech_encoder)
+    face_net = distribute(model.face_encoder)
 
     for step, rng, speech, faces in run.batches(cfg):
         candidates = sample_candidates(len(faces), cfg.k, rng)  # (B, K)
@@ -644,10 +645,10 @@ def gan_train(cfg):
     parts = {"model": model, "average": average, "g": generator, "d": discriminator}
     parts |= {"g_optimizer": g_optimizer, "g_schedule": g_schedule}
     parts |= {"d_optimizer": d_optimizer, "d_schedule": d_schedule}
-    run.settings["stage_one"] = vars(model.cfg)
+    cfg.stage_one = vars(model.cfg)  # is saved, tells the sizes of S and F
     run.resume(parts)
-    g_net = run.distribute(generator)
-    d_net = run.distribute(discriminator)
+    g_net = distribute(generator)
+    d_net = distribute(discriminator)
 
     for step, rng, speech, real in run.batches(model.cfg):
         z = torch.randn(len(real), EMBED_DIM, generator=rng).to(run.device)  # (B, D)
@@ -1712,19 +1713,19 @@ class Run:
 
     def __init__(self, cfg):
         self.cfg = cfg
-        self.folder = Path(cfg.out)
+        self.folder = make_folder(cfg.out)
         self.device = find_device(cfg.device)
         if RANK == 0 and cfg.data == SYNTHETIC and not Path(cfg.data).exists():
             make_data(parse(["make-data", cfg.data]))
         if PROCESSES > 1:  # a day: the others wait while the first makes data or tests
             distributed.init_process_group(timeout=datetime.timedelta(days=1))
         self.corpus = open_corpus(cfg.data, {"train": cfg.batch, "val": 2, "test": 2})
-        people = len(self.corpus["train"].names)
-        self.settings = {**vars(cfg), "processes": PROCESSES, "people": people}
+        cfg.processes = PROCESSES
+        cfg.people = len(self.corpus["train"].names)
         self.step = 0  # steps done before
         self.lines = []  # of the log
         self.sums = Counter()  # of the values since the last line of the log
-        self.since = time.monotonic()
+        self.since = time.perf_counter()
         torch.manual_seed(cfg.seed)
 
     def resume(self, parts):
@@ -1732,36 +1733,23 @@ class Run:
 
         Returns the checkpoint, {} for a new run.
         """
+        if RANK == 0 and not self.cfg.resume:
+            with explain(f"{self.folder}: holds a run; name another, or --resume"):
+                (self.folder / "log.jsonl").open("x").close()
         last = self.folder / "last.pt"
-        log = self.folder / "log.jsonl"
-        if self.cfg.resume and last.exists():
-            state = load_checkpoint(last, self.cfg.command, self.device)
-            for key in sorted(self.settings.keys() - MAY_CHANGE):
-                before = state["settings"].get(key)
-                if before != self.settings[key]:
-                    raise UserError(f"--resume: {last} is of a run with {key} {before}")
-            restore(parts, state, last)
-            self.step = state["step"]
-            self.lines = state["log"]
-            if RANK == 0:
-                log.write_text("".join(self.lines))  # what came later is logged again
-            return state
-        if RANK == 0:
-            make_folder(self.folder)
-            problem = f"--out {self.folder}: holds a run; name another, or --resume"
-            if not self.cfg.resume and any(self.folder.glob("*.pt")):
-                raise UserError(problem)
-            try:
-                log.open("w" if self.cfg.resume else "x").close()
-            except FileExistsError as error:
-                raise UserError(problem) from error
-        return {}
-
-    def distribute(self, network):
-        """The network to train with: under torchrun one that averages gradients."""
-        if PROCESSES == 1:
-            return network
-        return nn.parallel.DistributedDataParallel(network)
+        if not self.cfg.resume or not last.exists():
+            return {}
+        state = load_checkpoint(last, self.cfg.command, self.device)
+        before = state["settings"]
+        for key, value in vars(self.cfg).items():
+            if key not in MAY_CHANGE and before.get(key) != value:
+                raise UserError(f"{last} is of a run with {key} {before.get(key)}")
+        with explain(f"{last}: not whole, or of another version of this file"):
+            for key, part in parts.items():
+                part.load_state_dict(state[key])
+        self.step = state["step"]
+        self.lines = state["log"]
+        return state
 
     def batches(self, cfg):
         """Yield step, random generator, speech and faces of the steps that are left.
@@ -1783,40 +1771,47 @@ class Run:
         return RANK == 0 and (step % every == 0 or step == self.cfg.steps)
 
     def log(self, step, **values):
-        """Every --log-every steps print the means since, and add them to log.jsonl."""
+        """Every --log-every steps print the means since, and write log.jsonl."""
         self.sums["steps"] += 1
         for name, value in values.items():
             self.sums[name] += value.detach()  # stays on the device
         if not self.is_due(step, self.cfg.log_every):
             return
         steps = self.sums.pop("steps")
-        seconds = max(time.monotonic() - self.since, 1e-9)
-        line = {name: rounded(total / steps) for name, total in self.sums.items()}
+        seconds = time.perf_counter() - self.since
+        line = {"step": step}
+        line |= {name: rounded(total / steps) for name, total in self.sums.items()}
         line["clips_per_s"] = rounded(steps * self.cfg.batch * PROCESSES / seconds)
-        texts = [f"{name} {value}" for name, value in line.items()]
+        texts = [f"{name} {value} " for name, value in line.items()]
         left = (self.cfg.steps - step) * seconds / steps
-        print(f"step {step} ", "  ".join(texts), f" {left:.0f} s left", flush=True)
-        self.lines.append(json.dumps({"step": step, **line}) + "\n")
+        print(*texts, f"{left:.0f} s left", flush=True)
+        self.lines.append(json.dumps(line) + "\n")
         path = self.folder / "log.jsonl"
-        with explain(f"{path}: cannot be written"), path.open("a") as file:
-            file.write(self.lines[-1])
+        with explain(f"{path}: cannot be written"):
+            path.write_text("".join(self.lines))
         self.sums.clear()
-        self.since = time.monotonic()
+        self.since = time.perf_counter()
 
     def save(self, name, parts, step, **more):
         """Write a temporary file, then rename it: a kill leaves no half checkpoint."""
         path = self.folder / name
-        state = {"settings": self.settings, "step": step, "log": self.lines, **more}
+        state = {"settings": vars(self.cfg), "step": step, "log": self.lines, **more}
         for key, part in parts.items():
             state[key] = part.state_dict()
-        if not all(x.isfinite().all() for x in parts["model"].state_dict().values()):
+        if not all(x.isfinite().all() for x in state["model"].values()):
             raise UserError(
                 f"step {step}: weights are NaN, the run diverged; try a lower --lr"
             )
-        problem = f"{path}: cannot be written; the one before is whole: --resume it"
-        with explain(problem):
+        with explain(f"{path}: cannot be written; --resume its last whole version"):
             torch.save(state, f"{path}.part")
             os.replace(f"{path}.part", path)
+
+
+def distribute(network):
+    """The network to train with: under torchrun one that averages gradients."""
+    if PROCESSES == 1:
+        return network
+    return nn.parallel.DistributedDataParallel(network)
 
 
 def load_checkpoint(path, command, device):
@@ -1829,13 +1824,6 @@ def load_checkpoint(path, command, device):
     return state
 
 
-def restore(parts, state, path):
-    """Load into parts what the checkpoint at path, read as state, holds of each."""
-    with explain(f"{path}: not whole, or of another version of this file; train anew"):
-        for key, part in parts.items():
-            part.load_state_dict(state[key])
-
-
 def load_model(path, command, device):
     """The trained networks of a checkpoint, in eval mode."""
     state = load_checkpoint(path, command, device)
@@ -1843,7 +1831,7 @@ def load_model(path, command, device):
     cfg = argparse.Namespace(**settings.get("stage_one", settings))
     with explain(f"{path}: of another version of this file; train anew"):
         model = Model(cfg, device, settings.get("width"))
-    restore({"model": model}, state, path)
+        model.load_state_dict(state["model"])
     return model.eval()
 
 
@@ -1864,48 +1852,48 @@ COMMANDS = {
         match_test,
         {
             **TEST_SETTINGS,
-            "match": GAN_SETTINGS["match"],
-            "split": (("test", "val", "train"), "part of the corpus"),
-            "out": ("runs/match-test", "folder for metrics.json"),
+            "--match": GAN_SETTINGS["--match"],
+            "--split": (("test", "val", "train"), "part of the corpus"),
+            "--out": ("runs/match-test", "folder for metrics.json"),
         },
     ),
     "gan-test": (
         gan_test,
         {
             **TEST_SETTINGS,
-            "gan": GAN,
-            "judge": ("", "checkpoint of a match-train whose S and F score"),
-            "other": (
+            "--gan": GAN,
+            "--judge": ("", "checkpoint of a match-train whose S and F score"),
+            "--other": (
                 "",
                 "checkpoint of a gan-train to compare with [paper §4, QTA 2]",
             ),
-            "out": ("runs/gan/report", "folder for report.md, figures, metrics.json"),
+            "--out": ("runs/gan/report", "folder for report.md, figures, metrics.json"),
         },
     ),
     "generate": (
         generate,
         {
             "speech": (None, "recordings"),
-            "gan": GAN,
-            "n": (8, "faces per recording"),
-            **SEED,
-            **DEVICE,
-            "out": ("faces.png", "NAME.png: a labelled grid; else a folder of PNGs"),
+            "--gan": GAN,
+            "-n": (8, "faces per recording"),
+            "--seed": SEED,
+            "--device": DEVICE,
+            "--out": ("faces.png", "NAME.png: a labelled grid; else a folder of PNGs"),
         },
     ),
     "make-data": (
         make_data,
         {
             "folder": (None, "where to write the corpus"),
-            **SEED,
-            "identities": (IDENTITIES, "people; 0.06 of them validate, 0.14 test"),
+            "--seed": SEED,
+            "--identities": (IDENTITIES, "people; 0.06 of them validate, 0.14 test"),
         },
     ),
     "check-data": (
         check_data,
         {
             "folder": (None, "a corpus"),
-            "k": (10, "identities that each split needs"),
+            "--k": (10, "identities that each split needs"),
         },
     ),
 }
@@ -1919,51 +1907,49 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def flag_of(name):
-    """The flag of a setting: --log-every for log_every."""
-    return "-n" if name == "n" else "--" + name.replace("_", "-")
+def reader(default):
+    """A function that reads a value of the default's type off the command line.
+
+    It refuses NaN, negative numbers, and 0 where the default is a count.
+    """
+
+    def number(text):
+        value = type(default)(text)
+        least = int(type(default) is int and default > 0)
+        if not least <= value < 2**32:
+            raise argparse.ArgumentTypeError(f"{text}: allowed are {least} to 2^32 - 1")
+        return value
+
+    return str if isinstance(default, str) else number
 
 
-def add_setting(parser, name, default, meaning):
+def add_setting(parser, flag, default, meaning):
     """Add a setting to a parser: as a flag, or by position if it has no default."""
-    flag = flag_of(name)
     if default is None:
-        parser.add_argument(name, nargs="+" if name == "speech" else None, help=meaning)
+        parser.add_argument(flag, nargs="+" if flag == "speech" else None, help=meaning)
     elif default is False:
         parser.add_argument(flag, action="store_true", help=meaning)
     else:
         choices = default if isinstance(default, tuple) else None
         first = choices[0] if choices else default
         text = f"{meaning} (default: {first})"
-        kind = type(first)
+        kind = reader(first)
         parser.add_argument(flag, type=kind, choices=choices, default=first, help=text)
-
-
-def check_numbers(cfg):
-    """Raise UserError for NaN, a negative number, or 0 where the default is a count."""
-    for name, (default, _) in COMMANDS[cfg.command][1].items():
-        value = getattr(cfg, name)
-        least = int(type(default) is int and default > 0)
-        if isinstance(value, (int, float)) and not least <= value < 2**32:
-            flag = flag_of(name)
-            raise UserError(f"{flag} {value}: must be at least {least}, below 2^32")
 
 
 def parse(argv=None):
     """The settings of a command line; the preset's where no flag is given."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog="voice2face.py", description=__doc__, formatter_class=raw)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parser = Parser()
+    commands = parser.add_subparsers(dest="command", required=True)
     for command, (function, settings) in COMMANDS.items():
-        summary = function.__doc__.splitlines()[0]
+        summary = function.__doc__
         subparser = commands.add_parser(command, help=summary, description=summary)
-        for name, (default, meaning) in settings.items():
-            add_setting(subparser, name, default, meaning)
+        for flag, (default, meaning) in settings.items():
+            add_setting(subparser, flag, default, meaning)
     cfg = parser.parse_args(argv)
     if getattr(cfg, "preset", "") == "paper":
         commands.choices[cfg.command].set_defaults(**PAPER_PRESET[cfg.command])
         cfg = parser.parse_args(argv)
-    check_numbers(cfg)
     return cfg
 
 
@@ -1981,13 +1967,10 @@ def main(argv=None):
         print("voice2face: stopped; --resume continues a training", file=sys.stderr)
         return 130
     except (MemoryError, RuntimeError) as error:
-        if str(error).startswith("DataLoader"):
-            problem = "a loader process died or hangs: try fewer --workers, "
-            problem += "or give more memory to /dev/shm (docker: --shm-size)"
-        elif re.search("MemoryError|allocate memory", repr(error)):
-            problem = "out of memory: try smaller sizes, fewer clips or faces at once"
-        else:
+        if not re.search(r"MemoryError|allocate memory|\(.DataLoader", repr(error)):
             raise
+        problem = "out of memory, or a loader process died or hangs: try smaller sizes "
+        problem += "or --batch, fewer --workers, a larger /dev/shm (docker: --shm-size)"
     print(f"voice2face: error: {problem}", file=sys.stderr)
     return 2
 
