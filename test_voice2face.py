@@ -15,6 +15,7 @@ import math
 import os
 import random
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -100,6 +101,13 @@ def write_image(path, color, mode="RGB", size=(40, 40)):
     image.save(path)
 
 
+@pytest.fixture
+def wav(tmp_path):
+    """A recording of a second of noise."""
+    write_wav(tmp_path / "s.wav", noise(16000))
+    return tmp_path / "s.wav"
+
+
 def make_clip(folder, sounds, colors, rate=16000):
     """A clip of {name: samples} and {name: colour of a picture}."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -114,14 +122,14 @@ def plain_corpus(root, people=12):
     for split in v.SPLITS:
         for i in range(people):
             clip = root / split / f"{split}{i}" / "клип 1"
-            color = (20 * i, 100, 100)
+            color = (20 * i + 20, 100, 100)
             make_clip(clip, {"речь.wav": noise(24000, i)}, {"500.png": color})
     return root
 
 
-def pairs_of(root, training, batch=1, seed=0):
+def pairs_of(root, training, batch=1, seed=0, cfg=CFG):
     names = np.array(sorted(os.listdir(root)))
-    return v.PairDataset(v.Split(root, names), CFG, batch, seed, training)
+    return v.PairDataset(v.Split(root, names), cfg, batch, seed, training)
 
 
 @pytest.fixture(scope="session")
@@ -173,26 +181,14 @@ def usual(match_run, gan_run):
 
 def test_sinc_filters_are_numpys_band_passes():
     edges = 700 * (np.geomspace(1 + 30 / 700, 1 + 7900 / 700, 9) - 1)  # even in mel
-    n = np.arange(101) - 50
+    t = (np.arange(101) - 50) / 8000
     filters = v.SincConv(8, 101).filters().detach().numpy()
-    for i in range(8):
-        low = 50 + edges[i]
-        high = min(low + 50 + edges[i + 1] - edges[i], 8000)
-        wide = high * np.sinc(high * n / 8000)
-        expected = wide - low * np.sinc(low * n / 8000)
-        expected *= np.hamming(101) / (high - low)
-        np.testing.assert_allclose(filters[i], expected, atol=2e-4)
-
-
-@pytest.mark.parametrize("hz", [2200, 2800, 500, 1700, 3300, 6000])
-def test_sinc_passes_its_band_alone(hz):
-    layer = v.SincConv(1, 251)
-    layer.low.data[:] = 19.5  # 2000 Hz
-    layer.band.data[:] = 9.5  # up to 3000 Hz
-    tones = torch.tensor([[hz], [2500]]) * torch.arange(8000) / 16000
-    heard = layer(torch.sin(2 * math.pi * tones)[:, None])[:, 0, 2000:6000]
-    gain, inside = heard.amax(1).tolist()
-    assert gain / inside == approx(int(2000 < hz < 3000), abs=0.05)
+    low = 50 + edges[:-1, None]
+    high = np.minimum(low + 50 + np.diff(edges)[:, None], 8000)
+    wide = high * np.sinc(high * t)
+    narrow = low * np.sinc(low * t)
+    expected = (wide - narrow) * np.hamming(101) / (high - low)
+    np.testing.assert_allclose(filters, expected, atol=2e-4)
 
 
 # Counted by formulas from PASE's layers and SNGAN's blocks; F's last block keeps its
@@ -212,18 +208,12 @@ def test_six_seconds_of_speech_give_pases_600_frames():
     assert v.SpeechEncoder(2).body(torch.randn(1, 1, 96000)).shape == (1, 16, 600)
 
 
-def test_dblock_pools_before_its_skip_without_changing_it():
-    block = v.DBlock(4, 6)
-    x = torch.randn(2, 4, 8, 8)
-    h = block.conv2(torch.relu(block.conv1(torch.relu(x))))
-    assert_close(block(x), F.avg_pool2d(h + block.skip(x), 2))
-
-
-def test_last_dblock_keeps_its_input():
-    block = v.FaceEncoder(32, 4).blocks[-1]
-    torch.nn.init.zeros_(block.conv2.weight)
-    x = torch.randn(2, 16, 4, 4)
-    assert torch.equal(block(x), x)
+@pytest.mark.parametrize("place, side", [(1, 4), (-1, 8)])
+def test_dblock_pools_before_its_skip_but_the_last_does_not(place, side):
+    block = v.FaceEncoder(32, 4).blocks[place]
+    x = torch.randn(2, block.conv1.in_channels, 8, 8)
+    h = block.skip(x) + block.conv2(torch.relu(block.conv1(torch.relu(x))))
+    assert_close(block(x), F.adaptive_avg_pool2d(h, side))
 
 
 def test_embeddings_have_one_length():
@@ -233,7 +223,7 @@ def test_embeddings_have_one_length():
     assert lengths.tolist() == approx([3.5] * 16)
 
 
-@pytest.mark.parametrize("loudness, offset", [(1, 0.1), (1, -0.5), (0.2, 0), (5, 0)])
+@pytest.mark.parametrize("loudness, offset", [(1, -0.5), (0.2, 0), (5, 0)])
 def test_speech_encoder_ignores_a_microphones_offset_and_loudness(loudness, offset):
     """In training mode, where batch norm keeps embeddings of a batch apart."""
     torch.manual_seed(0)
@@ -248,22 +238,20 @@ def test_speech_encoder_ignores_a_microphones_offset_and_loudness(loudness, offs
 
 @pytest.mark.parametrize("n, k", [(10, 5), (4, 4), (12, 2)])
 def test_candidates_over_thousands_of_draws(n, k):
-    """Each other row is drawn equally often, within 5 deviations of a fair draw."""
+    """Each other row is drawn equally often, within some 5 deviations."""
     rng = torch.Generator().manual_seed(0)
     counts = torch.zeros(n, n)
     for _ in range(3000):
         candidates = v.sample_candidates(n, k, rng)
         assert candidates[:, 0].tolist() == list(range(n))
-        assert candidates.flatten().bincount().tolist() == [k] * n
         chosen = F.one_hot(candidates, n).sum(1)
         assert chosen.max() == 1  # no repeats
+        assert (chosen.sum(0) == k).all()
         counts += chosen
     with pytest.raises(v.UserError):
         v.sample_candidates(k - 1, k)
-    share = (k - 1) / (n - 1)
-    others = counts[~torch.eye(n, dtype=bool)]
-    limit = 5 * math.sqrt(3000 * share * (1 - share))
-    assert (others - 3000 * share).abs().max() <= limit
+    expected = torch.full((n, n), (k - 1) / (n - 1)).fill_diagonal_(1)
+    assert_close(counts / 3000, expected, rtol=0, atol=0.045)
 
 
 @pytest.mark.parametrize("direction", v.DIRECTIONS)
@@ -284,9 +272,9 @@ def test_match_loss_is_equation_1():
 
 
 def test_equally_good_candidates_share_a_hit():
-    logits = torch.tensor([[5, 1, 2, 3], [1, 2, 0, 0], [2, 1, 2, 0], [1, 1, 1, 1]])
-    assert v.top1(logits).tolist() == [1, 0, 0.5, 0.25]
-    assert v.top1(math.nan * logits).tolist() == [0, 0, 0, 0]
+    logits = torch.tensor([[5, 1, 2, 3], [1, 2, 0, 0], [1, 1, 1, 1]])
+    assert v.top1(logits).tolist() == [1, 0, 0.25]
+    assert not v.top1(math.nan * logits).any()
 
 
 def test_adain_gives_mean_and_deviation_of_the_style():
@@ -386,19 +374,18 @@ def spy_steps(patch):
 
 
 def test_match_train_goes_down_equation_1(argv, tmp_path, monkeypatch):
-    """Its first step of SGD, whose momentum is empty, with a loss written by hand."""
+    """In its first step of SGD, whose momentum is empty."""
     match_logits = v.match_logits
     drawn = []
     wanted = []
     seen = spy_steps(monkeypatch)
 
     def spied(speech, faces, candidates, direction):
+        logits = match_logits(speech, faces, candidates, direction)
         if speech.requires_grad:  # in training
-            powers = (speech @ faces.T).gather(1, candidates).exp()
-            loss = (powers.sum(1) / powers[:, 0]).log().mean()
             drawn.append(candidates)
-            wanted.append(gradients(loss, seen.weights[0]))
-        return match_logits(speech, faces, candidates, direction)
+            wanted.append(gradients(v.match_loss(logits), seen.weights[0]))
+        return logits
 
     monkeypatch.setattr(v, "match_logits", spied)
     run(*argv("match-train", tmp_path, "--lr", 0.01))
@@ -406,7 +393,6 @@ def test_match_train_goes_down_equation_1(argv, tmp_path, monkeypatch):
     (before,), (after,) = seen.values[:2]
     for x, y, gradient in zip(before, after, wanted[0]):
         assert_close(y, x - 0.01 * cut * gradient, rtol=1e-4, atol=1e-6)
-    assert drawn[0].shape == (6, 4)
     assert not torch.equal(drawn[0], drawn[1])
 
 
@@ -445,8 +431,8 @@ def gan_steps(argv, match_run, tmp_path_factory):
     def spied_loss(*terms):
         loss = gan_loss(*terms)
         seen.terms.append(terms)
-        seen.by_g.append(gradients(loss, seen.weights[0]))
-        seen.by_d.append(gradients(loss, seen.weights[1]))
+        own = seen.weights[len(seen.terms) % 2]  # D's and G's in turn
+        seen.wanted.append(gradients(loss, own))
         return loss
 
     def spied_penalty(*args):
@@ -457,7 +443,7 @@ def gan_steps(argv, match_run, tmp_path_factory):
     out = tmp_path_factory.mktemp("gan_steps")
     with pytest.MonkeyPatch.context() as patch:
         seen = spy_steps(patch)
-        for name in ("batches", "terms", "by_g", "by_d", "penalties"):
+        for name in ("batches", "terms", "wanted", "penalties"):
             setattr(seen, name, [])
         patch.setattr(v, "gan_loss", spied_loss)
         patch.setattr(v, "r1_penalty", spied_penalty)
@@ -473,7 +459,8 @@ def test_d_compares_real_faces_with_those_made_of_their_own_voice(gan_steps):
     z, speech, real = gan_steps.batches[0]
     kind, c_pos, c_neg, d_real, d_fake = gan_steps.terms[0]
     generator = v.Generator(32, 2)
-    for weight, value in zip(generator.parameters(), gan_steps.values[0][0]):
+    stepped = gan_steps.values[0][0]  # what G's optimizer moves, G alone
+    for weight, value in zip(generator.parameters(), stepped, strict=True):
         weight.data = value
     fake = generator(z, c_pos)
     assert kind == "relid"
@@ -495,21 +482,11 @@ def test_g_gets_ds_terms_with_swapped_roles(gan_steps):
 
 def test_d_and_g_step_along_their_losses_and_d_at_times_along_r1(gan_steps):
     """With R1 in each second step, which counts twice; gamma is 0.5."""
-    wanted = [gan_steps.by_d[0], gan_steps.by_g[1], gan_steps.by_d[2]]
+    wanted = gan_steps.wanted[:3]
     pairs = zip(wanted[2], gan_steps.penalties[0])
     wanted[2] = [x + 2 * 0.5 / 2 * r1 for x, r1 in pairs]
     for got, expected in zip(gan_steps.gradients, wanted):
         assert_close(got, list(expected), rtol=1e-3, atol=1e-6)
-
-
-def test_each_step_moves_one_of_g_and_d_alone(gan_steps):
-    reaches_g = [any(x.any() for x in found) for found in gan_steps.by_g]
-    assert reaches_g == [False, True] * 4
-    for i in range(7):
-        moved = []
-        for before, after in zip(gan_steps.values[i], gan_steps.values[i + 1]):
-            moved.append(not all(map(torch.equal, before, after)))
-        assert moved == [i % 2 == 1, i % 2 == 0]
 
 
 def test_s_and_f_are_frozen_in_gan_train(gan_steps, match_run):
@@ -527,7 +504,6 @@ def test_the_average_of_g_is_a_running_average(gan_steps):
         average = 0.998 * average + 0.002 * weight
     kept = gan_steps.state["model"]["generator.first.weight"]
     assert_close(kept, average, rtol=0, atol=1e-6)
-    assert (average - ends[-1]).abs().max() > 1e-3
 
 
 def left_by(out):
@@ -570,8 +546,8 @@ def test_times_of_a_training(command, argv, tmp_path, monkeypatch, capsys):
         save(state, path)
 
     monkeypatch.setattr(torch, "save", spied)
-    flags = ["--steps=5", "--eval-every=3", "--save-every=2", "--log-every=4"]
-    run(*argv(command, tmp_path, *flags))
+    flags = "--steps=5 --eval-every=3 --save-every=2 --log-every=4"
+    run(*argv(command, tmp_path, *flags.split()))
     assert saved == [2, 4, 5]
     assert [line["step"] for line in read_log(tmp_path)] == [4, 5]
     assert re.findall(r"step (\d) val", capsys.readouterr().out) == ["3", "5"]
@@ -594,55 +570,40 @@ def test_help_tells_each_setting_and_its_default(command, capsys):
         assert (f"{meaning} (default: {first})" if first else meaning) in text
 
 
-def test_importing_does_nothing(tmp_path):
-    shutil.copy(FILE, tmp_path)
-    line = [sys.executable, "-B", "-c", "import voice2face"]
-    done = subprocess.run(line, cwd=tmp_path, check=True, capture_output=True)
-    assert (done.stdout, done.stderr, os.listdir(tmp_path)) == (b"", b"", [FILE.name])
+def test_importing_does_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(FILE)
+    assert capsys.readouterr() == ("", "")
+    assert not os.listdir(tmp_path)
 
 
 # ---- Evaluation, figures, reports ----------------------------------------------------
-
-KEYS = ["v-f/2", "v-f/10", "f-v/2", "f-v/10"]
 
 
 def nobody(count):
     return np.full(count, "")
 
 
-def test_k_way_of_perfect_embeddings_is_100_and_of_a_constant_chance():
-    same = F.normalize(torch.randn(300, 32))
-    assert v.k_way(same, same, nobody(300), 0) == dict.fromkeys(KEYS, 100)
-    scores = v.k_way(0 * same, same, nobody(300), 0)
-    assert list(scores.values()) == approx([50, 10, 50, 10])
-
-
-@pytest.mark.parametrize("key", KEYS)
-def test_k_way_is_brute_force(key):
+@pytest.mark.parametrize("key", ["v-f/2", "v-f/10", "f-v/2", "f-v/10"])
+def test_k_way_is_the_chance_to_beat_random_others(key):
     """Some voices are loud, so that the directions differ."""
     torch.manual_seed(1)
     faces = torch.randn(1000, 16)
     speech = (faces + 2 * torch.randn(1000, 16)) * 10 ** torch.randn(1000, 1)
-    similarity = (speech @ faces.T).numpy()
-    if key.startswith("f"):
-        similarity = similarity.T
-    rng = seeded()
-    hits = []
-    for i, row in enumerate(similarity):
-        wrong = rng.choice(np.delete(row, i), int(key[4:]) - 1, False)
-        hits.append(row[i] > wrong.max())
-    got = v.k_way(speech, faces, nobody(1000), 0)[key]
-    assert got == approx(100 * np.mean(hits), abs=5)
+    similarity = speech @ faces.T if key[0] == "v" else faces @ speech.T
+    beaten = (similarity < similarity.diagonal()[:, None]).sum(1)
+    chances = (beaten / 999) ** (int(key[4:]) - 1)
+    scores = v.k_way(speech, faces, nobody(1000), 0)
+    assert scores[key] == approx(100 * chances.mean().item(), abs=4)
+    assert len(scores) == 4  # none by gender, which nobody tells
 
 
 def test_who_knows_the_gender_alone_scores_chance_among_the_same_gender():
     genders = seeded().permutation(["female", "male"] * 300)
     one_hot = torch.tensor(np.eye(2)[(genders == "male").astype(int)])
     scores = v.k_way(one_hot, one_hot, genders, 0)
-    found = [
-        scores[key] for key in ("v-f/2", "f-v/10", "v-f/2/gender", "f-v/10/gender")
-    ]
-    assert found == approx([75, 20, 50, 10], abs=3)
+    keys = ["v-f/2", "f-v/10", "v-f/2/gender", "f-v/10/gender"]
+    assert [scores[key] for key in keys] == approx([75, 20, 50, 10], abs=3)
 
 
 def simulate(count):
@@ -663,7 +624,7 @@ TABLE = [(0.5, [86.7, 73.1, 43.7, 28.4]), (0.75, [93.3, 87.3, 65.0, 49.5])]
 def test_oracle_scores_the_reference_table(link, table, monkeypatch):
     monkeypatch.setattr(v, "LINK", link)
     people = simulate(20000)
-    genders = np.array([str(row["gender"]) for row in people])
+    genders = np.array([v.gender_of({"gender": str(row["gender"])}) for row in people])
     scores = v.oracle_scores(people, genders, 0)
     keys = ["v-f/2", "v-f/2/gender", "v-f/10", "v-f/10/gender"]
     assert [scores[key] for key in keys] == approx(table, abs=1.2)
@@ -691,10 +652,8 @@ def test_distances_of_couples_of_the_same_and_of_different_gender():
     one_hot = torch.eye(2)[(genders == "male").astype(int)]
     couples = v.cosine_distances(one_hot, -3 * one_hot, genders, 0)
     assert len(couples["all"][0]) == 60
-    for found in couples["same"]:
-        assert found.abs().max() < 1e-6
-    for found in couples["different"]:
-        assert (found - 1).abs().max() < 1e-6
+    assert torch.cat(couples["same"]).abs().max() < 1e-6
+    assert (torch.cat(couples["different"]) - 1).abs().max() < 1e-6
     genders[0] = ""  # unknown: out of its couple, and of that whose partner it is
     couples = v.cosine_distances(one_hot, one_hot, genders, 0)
     assert len(couples["same"][0]) + len(couples["different"][0]) == 58
@@ -711,21 +670,27 @@ def test_recall_is_brute_force():
 
 
 def test_table_3_measures_three_distances():
-    rng = torch.Generator().manual_seed(0)
-    queries = torch.randn(60, 1, 8, generator=rng)
-    gallery = queries[:, 0] + 2 * torch.randn(60, 8, generator=rng)
+    torch.manual_seed(0)
+    queries = torch.randn(60, 1, 8)
+    gallery = queries[:, 0] + 2 * torch.randn(60, 8)
     distances = {
         "L1": (queries - gallery).abs().sum(2),
         "L2": (queries - gallery).norm(dim=2),
         "cosine": -F.cosine_similarity(queries, gallery, dim=2),
     }
     scores = v.table_3(queries[:, 0], gallery, 0)
-    found = set()
     for name, distance in distances.items():
         expected = v.recall(f"retrieval/{name}", distance)
         assert expected.items() <= scores.items()
-        found.add(tuple(expected.values()))
-    assert len(found) == 3
+
+
+def test_table_3_draws_a_gallery_for_each_seed(monkeypatch):
+    """Of one face; half of the faces are NaN, which nobody finds."""
+    monkeypatch.setattr(v, "GALLERY", 1)
+    faces = torch.ones(60, 1)
+    faces[30:] = math.nan
+    found = {v.table_3(faces, faces, seed)["retrieval/L1/1"] for seed in range(9)}
+    assert found == {0, 100}
 
 
 def test_faces_of_another_generator_lose_where_the_models_are_preferred():
@@ -746,9 +711,7 @@ def test_a_judge_scores_what_each_generator_made_of_its_own_c(plain):
 
     split = v.open_corpus(plain, {"val": 2})["val"]
     models = [network(n) for n in (1.0, 2.0, 3.0)]
-    cfg = SimpleNamespace(workers=0)
-    c, faces, names = v.embed_split(*models, split, 0, cfg, None)
-    assert len(names) == 12
+    c, faces, _ = v.embed_split(*models, split, 0, SimpleNamespace(workers=0), None)
     assert c.unique().tolist() == [2]
     assert faces["generated"].unique().tolist() == [21]
     assert faces["other"].unique().tolist() == [23]
@@ -783,21 +746,19 @@ def test_control_scores_of_a_generator_that_shows_planted_factors(monkeypatch):
         return picture(torch.cat([3 * c[:, :4] - 1, z[:, :5]], dim=1))
 
     people = simulate(400)
-    labels = {str(i): row for i, row in enumerate(people)}
     voices = F.pad(v.factor_values(people, v.VOICE_FACTORS), (0, 124))
-    batch = (voices, picture(v.factor_values(people, v.FACTORS)), list(labels))
-    monkeypatch.setattr(v, "sample_batch", lambda *args: batch)
+    batch = (voices, picture(v.factor_values(people, v.FACTORS)), range(400))
+    monkeypatch.setattr(v, "sample_people", lambda *args: batch)
     model = SimpleNamespace(generator=generator, device=CPU)
-    model.speech_encoder = torch.nn.Identity()
-    scores = v.control_scores(model, {"train": None, "test": None}, labels)
-    assert scores["control/gender/right"] == 100
+    scores = v.control_scores(model, None, None, people)
+    assert scores["gender"]["right"] == 100
     for e, name in enumerate(v.FACTORS):
         heard = 100 if e < 4 else 0
-        assert scores[f"control/{name}/c"] == approx(heard, abs=2)
-        assert scores[f"control/{name}/z"] == approx(100 - heard, abs=2)
-        assert scores[f"control/{name}/probe"] > 0.98
-    assert scores["control/age/voice"] > 0.98
-    assert scores["control/age/spread/real"] == approx(100 * (1 - v.LINK**2), abs=9)
+        assert scores[name]["c"] == approx(heard, abs=2)
+        assert scores[name]["z"] == approx(100 - heard, abs=2)
+        assert scores[name]["probe"] > 0.98
+    assert scores["age"]["voice"] > 0.98
+    assert scores["age"]["spread/real"] == approx(100 * (1 - v.LINK**2), abs=9)
 
 
 def test_metrics_are_means_and_deviations_over_runs(corpus, match_run, monkeypatch):
@@ -825,14 +786,15 @@ def test_report_shows_all_metrics_and_figures(corpus, match_run, gan_run, tmp_pa
     metrics = read_metrics(tmp_path)
     keys = "preferred qta1/all/r ideal/preferred oracle/f-v/2 v-f/2/gender"
     assert set(keys.split()) <= metrics.keys()
-    assert metrics["real/v-f/2"] == read_metrics(match_run)["v-f/2"]
     assert metrics["other/preferred"] == 50  # it was the same generator
+    assert metrics["real/v-f/2"] == read_metrics(match_run)["v-f/2"]
+    shown = [float(x) for x in re.findall(r"-?\d+\.\d+", page)]
     for key, value in metrics.items():
         if isinstance(value, float):
-            assert f"{value:.2f}" in page, key
+            assert min(abs(value - x) for x in shown) < 0.006, key
     for number in range(2, 7):
         assert f"](fig{number}.png)" in page
-        assert Image.open(tmp_path / f"fig{number}.png").size > (300, 300)
+        assert (tmp_path / f"fig{number}.png").exists()
 
 
 def test_a_corpus_without_training_people_can_be_tested(plain, gan_run, tmp_path):
@@ -841,44 +803,105 @@ def test_a_corpus_without_training_people_can_be_tested(plain, gan_run, tmp_path
     assert run("gan-test", "--data", tmp_path / "data", *argv) == 0
 
 
-def test_figures_of_two_people(plain, gan_run, tmp_path):
-    model = v.load_model(gan_run / "last.pt", "gan-train", CPU)
-    split = v.subsample(v.open_corpus(plain, {"val": 2})["val"], 2)
-    v.plot_figures(model, split, tmp_path)
-    assert len(list(tmp_path.iterdir())) == 5
+@pytest.fixture(scope="module")
+def figures(tmp_path_factory):
+    """A folder of them: red is 20, 40, 60 or 80, one each of four people, green z."""
+
+    def generator(z, c):
+        color = torch.cat([40 / 255 * c[:, :1] - 1, z[:, :2] / 4], dim=1)
+        return color[:, :, None, None].expand(-1, 3, 32, 32)
+
+    def face_encoder(faces):
+        number = 6.4 * faces[:, 0, 16, 16] + 6.4
+        return F.one_hot(number.long()).float()
+
+    model = SimpleNamespace(cfg=CFG, device=CPU)
+    model.speech_encoder = lambda x: torch.arange(1.0, 5)[:, None].expand(-1, 128)
+    model.face_encoder = face_encoder
+    model.generator = generator
+    folder = plain_corpus(tmp_path_factory.mktemp("figures"), 4)
+    v.plot_figures(model, v.open_corpus(folder, {"val": 4})["val"], folder)
+    return folder
+
+
+def colors(path):
+    """Red and green amid the faces of a grid, (columns, rows) each."""
+    sheet = np.array(Image.open(path), int).T
+    return sheet[:2, 68::132, 88::152]
+
+
+ROWS = [20, 40, 60, 80]
+NEXT = [40, 60, 80, 20]
+
+
+def test_figure_2_shows_a_voice_a_row_and_a_z_a_column(figures):
+    red, green = colors(figures / "fig2.png")
+    assert (red == ROWS).all()
+    assert (green.T == green[:, 0]).all()
+    assert len({*green[:, 0]}) == 5  # of the real face, of four z
+
+
+def test_figure_3_goes_to_the_next_voice_with_one_z(figures):
+    red, green = colors(figures / "fig3.png")
+    between = np.linspace(ROWS, NEXT, 6)
+    np.testing.assert_allclose(red, [ROWS, *between, NEXT], atol=1)
+    assert (green[1:7] == green[1]).all()
+
+
+def test_figure_4_goes_to_the_next_z_with_one_voice(figures):
+    red, green = colors(figures / "fig4.png")
+    assert (red == ROWS).all()
+    assert (green[6] == np.roll(green[1], -1)).all()
+    assert len({*green[1]}) == 4
+
+
+def test_figure_5_has_the_distance_of_voices_on_its_x_axis(figures):
+    """Which is 0, as all c have one direction; that of faces is not."""
+    sheet = np.array(Image.open(figures / "fig5.png"))
+    _, x = (sheet[52:440] == 128).all(2).nonzero()  # the gray points
+    assert {*x} == {48, 49, 50, 51, 52}
+
+
+def test_figure_6_shows_a_face_of_the_voice_then_the_nearest_real_ones(figures):
+    red, _ = colors(figures / "fig6.png")
+    assert (red[:3] == ROWS).all()
 
 
 def test_generate_draws_a_grid_or_a_file_for_each_face(gan_run, tmp_path):
-    """For two recordings: one in stereo, one short and of a low rate."""
-    paths = [tmp_path / "stereo.wav", tmp_path / "短い.wav"]
+    """For one recording in stereo, a short one of a low rate, the first again."""
+    paths = [tmp_path / "stereo.wav", tmp_path / "短い.wav", tmp_path / "stereo.wav"]
     write_wav(paths[0], noise((44100, 2)), 44100)
     write_wav(paths[1], noise(9000), 8000)
     for out in ("a.png", "new/faces"):
         argv = ("--gan", gan_run / "last.pt", "--out", tmp_path / out, "-n", 3)
         assert run("generate", *paths, *argv) == 0
     sheet = np.asarray(Image.open(tmp_path / "a.png"))
-    assert sheet.shape == (2 * 152, 3 * 136, 3)
-    assert not np.array_equal(sheet[24:152], sheet[176:])  # of one z, but not of one c
+    assert sheet.shape == (3 * 152, 3 * 132, 3)
+    first, other, again = sheet.reshape(3, 152, -1)[:, 24:]
+    assert not np.array_equal(first, other)  # of one z, but not of one c
+    assert np.array_equal(first, again)
     names = sorted(os.listdir(tmp_path / "new/faces"))
     faces = [Image.open(tmp_path / "new/faces" / name) for name in names]
     assert names[2:4] == ["0001_stereo_z3.png", "0002_短い_z1.png"]
-    assert len({face.tobytes() for face in faces}) == 6
+    assert len({face.tobytes() for face in faces}) == 9  # each of its own z
 
 
 # ---- Data and synthetic people ------------------------------------------------------
 
 
-@pytest.mark.parametrize("moment", [None, 7, 0, 19, 21])
-def test_a_window_is_any_that_spares_the_moment(moment, monkeypatch):
-    """5 of 20 samples, at 1 Hz."""
+# A moment, the first and the last start of a window of 5 s that spares it by 3 s.
+WINDOWS = [(None, 0, 15), (7, 11, 15), (0, 4, 15), (19, 0, 11), (20, 0, 12)]
+
+
+@pytest.mark.parametrize("moment, first, last", WINDOWS)
+def test_a_window_is_any_that_spares_the_moment(moment, first, last, monkeypatch):
+    """Of 20 samples at 1 Hz."""
+    monkeypatch.setattr(v, "SAMPLE_RATE", 1)
     monkeypatch.setattr(v, "TIME_GUARD", 3)
-    held = set() if moment is None else set(range(moment - 3, moment + 4))
-    windows = [range(start, start + 5) for start in range(16)]
-    free = {tuple(x) for x in windows if not held & set(x)}
     rng = seeded()
-    x = np.arange(20)
-    found = {tuple(v.sample_window(x, 1, 5, moment, rng)) for _ in range(400)}
-    assert found == free
+    parts = v.spare_moment("", range(20), moment)
+    found = {v.sample_window(parts, 5, rng) for _ in range(400)}
+    assert found == {range(i, i + 5) for i in range(first, last + 1)}
 
 
 @pytest.mark.parametrize("rate", [8000, 16000, 44100])
@@ -889,7 +912,7 @@ def test_speech_never_holds_the_faces_time(rate, tmp_path):
     make_clip(tmp_path / "p/c", {"a.wav": ramp}, colors, rate)
     pairs = pairs_of(tmp_path, training=True)
     for i in range(200):
-        speech, faces, _, _ = pairs[i]
+        speech, faces, _ = pairs[i]
         moment = 12 * int(faces[0, 16, 16, 0]) / 1000
         heard = 3 * speech[0, 400:-400]  # resampling rings at the edges
         assert heard.min() > moment + 0.299 or heard.max() < moment - 0.287
@@ -902,7 +925,7 @@ def test_times_apply_in_a_clip_with_one_recording_only(tmp_path, monkeypatch):
     make_clip(tmp_path / "q/f", {}, {"1500.png": (99, 0, 0)})
     monkeypatch.setattr(v, "load_speech", lambda *args: args[3])
     for name in "pq":
-        moment, _ = pairs_of(tmp_path, training=True).load_pair(name, seeded())
+        moment, _, _ = pairs_of(tmp_path, training=True).load_pair(name, seeded())
         assert moment is None
 
 
@@ -914,32 +937,28 @@ def test_pairs_stay_within_a_clip_and_half_of_the_faces_are_flipped(tmp_path):
     pairs = pairs_of(tmp_path, training=True)
     flipped = []
     for i in range(200):
-        speech, (face,), _, _ = pairs[i]
+        speech, (face,), _ = pairs[i]
         assert (speech.max() > 0.3) == (face[16, 16, 0] > 150)
         flipped.append(face[0, 0, 0] > face[0, -1, 0])
     assert np.mean(flipped) == approx(0.5, abs=0.15)
 
 
-def test_short_speech_is_repeated(tmp_path):
-    write_wav(tmp_path / "s.wav", noise(8000))
-    speech = v.load_speech(tmp_path / "s.wav", 1.0, seeded())
-    np.testing.assert_allclose(speech, np.tile(noise(8000), 2), atol=1e-4)
+def test_short_speech_is_repeated(wav):
+    speech = v.load_speech(wav, 2.0, seeded())
+    np.testing.assert_allclose(speech, np.tile(noise(16000), 2), atol=1e-4)
 
 
 @pytest.mark.parametrize("told", [0, 999, 0xFFFFFFFF])
-def test_a_files_own_length_counts_whatever_its_header_says(told, tmp_path):
-    write_wav(tmp_path / "s.wav", noise(16000))
-    header = bytearray((tmp_path / "s.wav").read_bytes())
-    header[40:44] = told.to_bytes(4, "little")
-    (tmp_path / "s.wav").write_bytes(header)
-    assert len(v.load_speech(tmp_path / "s.wav")) == 16000
+def test_a_files_own_length_counts_whatever_its_header_says(told, wav):
+    content = bytearray(wav.read_bytes())
+    content[40:44] = told.to_bytes(4, "little")
+    wav.write_bytes(content)
+    assert len(v.load_speech(wav)) == 16000
 
 
-def test_a_chunk_after_the_samples_is_no_sound(tmp_path):
-    write_wav(tmp_path / "s.wav", noise(16000))
-    with open(tmp_path / "s.wav", "ab") as file:
-        file.write(b"id3 " + bytes([0, 128, 0, 0]) * 9000)
-    assert len(v.load_speech(tmp_path / "s.wav")) == 16000
+def test_a_chunk_after_the_samples_is_no_sound(wav):
+    wav.write_bytes(wav.read_bytes() + b"id3 " + bytes([0, 128, 0, 0]) * 9000)
+    assert len(v.load_speech(wav)) == 16000
 
 
 @pytest.mark.parametrize("rate, channels", [(8000, 1), (16000, 2), (44101, 6)])
@@ -953,12 +972,10 @@ def test_any_rate_and_channels_become_mono_16_khz(tmp_path, rate, channels):
     np.testing.assert_allclose(speech, expected, atol=0.03)
 
 
-@pytest.mark.parametrize("name", ["32-bit.wav", "x.mp3"])
-def test_other_formats_go_through_torchaudio(name, tmp_path, monkeypatch):
-    stereo = torch.stack([torch.linspace(-1, 1, 16000), torch.zeros(16000)])
-    monkeypatch.setattr(v.torchaudio, "load", lambda path: (stereo, 16000))
-    write_wav(tmp_path / name, noise(99), width=4)
-    np.testing.assert_allclose(v.load_speech(tmp_path / name), stereo.mean(0))
+def test_32_bit_wav_is_refused(tmp_path):
+    write_wav(tmp_path / "x.wav", noise(16000), width=4)
+    with pytest.raises(v.UserError, match="must be 16-bit WAV, as ffmpeg"):
+        v.load_speech(tmp_path / "x.wav")
 
 
 TONE = np.sin(np.arange(16000) / 9)
@@ -973,16 +990,9 @@ def test_speech_without_a_sound_is_refused(samples, tmp_path):
         v.load_speech(tmp_path / "x.wav", 6.0, seeded())
 
 
-def test_an_image_after_the_recordings_end_is_refused(tmp_path):
-    write_wav(tmp_path / "x.wav", TONE)
+def test_an_image_after_the_recordings_end_is_refused(wav):
     with pytest.raises(v.UserError, match="ends before its image's time of 1.5 s"):
-        v.load_speech(tmp_path / "x.wav", 0.5, seeded(), 1.5)
-
-
-def test_recordings_that_differ_in_their_ending_count_once(tmp_path):
-    make_clip(tmp_path / "c", {"a.wav": TONE}, {"1.png": (9, 9, 9)})
-    (tmp_path / "c/a.mp3").write_bytes(b"ID3")
-    assert [x for x, _, _ in v.list_pairs(tmp_path)] == [tmp_path / "c/a.wav"]
+        v.load_speech(wav, 0.5, seeded(), 1.5)
 
 
 def test_a_face_is_the_upright_central_square(tmp_path):
@@ -1003,8 +1013,8 @@ def test_any_mode_becomes_rgb(mode, color, value, tmp_path):
     assert v.load_face(tmp_path / "x.png", 32)[16, 16].tolist() == [value] * 3
 
 
-def test_labels_are_read_whatever_their_case_and_spaces(tmp_path):
-    text = "\ufeffIdentity , Gender\nann, f\nbob ,Male\nbob,Male\nkim,1\nlee,?\n"
+def test_labels_are_read_as_spreadsheets_write_them(tmp_path):
+    text = "\ufeffidentity, gender\n\nann, f\nbob,Male\nbob,MALE,x\nkim,1\nlee\n"
     (tmp_path / "labels.csv").write_text(text, encoding="utf8")
     labels = v.read_labels(tmp_path)
     genders = {name: v.gender_of(row) for name, row in labels.items()}
@@ -1016,9 +1026,9 @@ def test_a_batch_depends_on_seed_and_number_alone(corpus):
     for seed in (0, 1, 1):
         pairs = pairs_of(corpus / "train", True, 20, seed)
         batches += [pairs[0], pairs[1]]
-    assert len({speech.tobytes() for speech, _, _, _ in batches}) == 4
+    assert len({speech.tobytes() for speech, _, _ in batches}) == 4
     assert np.array_equal(batches[3][1], batches[5][1])
-    assert all(len(set(names)) == 20 for _, _, names, _ in batches)
+    assert all(len(set(names)) == 20 for _, _, names in batches)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -1026,8 +1036,6 @@ def test_everybody_is_tested_in_order(corpus, workers):
     pairs = pairs_of(corpus / "train", False, 20)
     batches = list(v.load_batches(pairs, range(4), workers, CPU))
     assert [name for batch in batches for name in batch[2]] == list(pairs.split.names)
-    assert_close(batches[1][0], torch.tensor(pairs[1][0]))
-    assert_close(batches[1][1], v.to_faces(torch.tensor(pairs[1][1])))
 
 
 @pytest.mark.parametrize("training, sizes", [(True, [10, 10]), (False, [9, 1])])
@@ -1055,8 +1063,8 @@ def test_a_dead_loader_process_is_one_line(argv, tmp_path, capsys, monkeypatch):
 
 
 FAULTS = (
-    "empty.wav cut.wav silent.wav:.silent e.flac f.jpg tiny.png.*32.a.side "
-    "plain.png:.of.one.colour 9000.png:.its.recording.ends.at.1.50.s "
+    "empty.wav cut.wav silent.wav:.silent e.WAV f.jpg tiny.png.*32.a.side "
+    "plain.png:.of.one.colour речь.wav:.ends.before.its.image's.time.of.9.0.s "
     "val3:.no.recording test5:.no.image"
 )
 
@@ -1067,7 +1075,7 @@ def test_check_data_lists_each_fault_and_all_that_is_unused(tmp_path, capsys):
     make_clip(first, {}, {"plain.png": (0, 0, 0)})
     make_clip(second, {}, {"9000.png": (9, 9, 9)})
     write_image(first / "tiny.png", (9, 9, 9), size=(16, 99))
-    for name in ("cut.wav", "e.flac", "f.jpg", "._x.jpg", "notes.txt"):
+    for name in ("cut.wav", "e.WAV", "f.jpg", "._x.jpg", "notes.txt"):
         (first / name).write_bytes(b"nonsense")
     (tmp_path / "val/val3/клип 1/речь.wav").unlink()
     (tmp_path / "test/test5/клип 1/500.png").unlink()
@@ -1079,7 +1087,9 @@ def test_check_data_lists_each_fault_and_all_that_is_unused(tmp_path, capsys):
     for fault in FAULTS.split():
         assert len(re.findall(f"fault: .*{fault}", out)) == 1, fault
     assert "\n10 faults" in out
-    assert out.count("not used: 1 ") == 6
+    assert out.count("not used: 1 files */*/*/*.") == 3
+    assert "not used: 2 files */*.jpg, such as" in out
+    assert "not used: 1 rows of labels.csv, such as nobody" in out
 
 
 @pytest.mark.parametrize("seed, equal", [(3, True), (4, False)])
@@ -1153,28 +1163,29 @@ torch.save(seen.gradients, sys.argv[1] + os.environ["RANK"])
 os._exit(code)"""
 
 
+STILL = {"match-train": ["--lr=0"], "gan-train": ["--lr=0", "--d-lr=0"]}
+
+
 @pytest.mark.parametrize("command", TRAININGS)
 def test_two_processes_average_gradients(command, argv, tmp_path, monkeypatch):
-    """Of what each would have done in its first step without the other."""
+    """Of the pairs that one process sees in two steps; no step moves a weight."""
     (tmp_path / "spy.py").write_text(SPY)
-    line = argv(command, tmp_path / "run", "--steps", 2)
+    flags = ["--steps=2", *STILL[command]]
+    line = argv(command, tmp_path / "run", *flags)
     torchrun = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node=2".split()
     torchrun += [tmp_path / "spy.py", tmp_path / "rank", *map(str, line)]
     done = subprocess.run(torchrun, check=True, text=True, capture_output=True)
     assert done.stdout.count(" s left") == 2  # one speaks
-    both = [load(tmp_path / f"rank{rank}") for rank in (0, 1)]
-    assert_close(both[0], both[1], rtol=0, atol=0)
-    batches = v.Run.batches
+    first, second = (load(tmp_path / f"rank{rank}") for rank in (0, 1))
+    assert_close(first, second, rtol=0, atol=0)
     monkeypatch.setattr(v, "R1_EVERY", 1)
     monkeypatch.setattr(v, "GRAD_CLIP", math.inf)
-    monkeypatch.setattr(v.Run, "batches", lambda *args: list(batches(*args))[1:])
-    second = spy_steps(monkeypatch)
-    run(*argv(command, tmp_path / "second", "--steps", 2))
-    monkeypatch.setattr(v.Run, "batches", batches)
-    first = spy_steps(monkeypatch)
-    run(*argv(command, tmp_path / "first", "--steps", 2))
-    for mean, a, b in zip(both[0][0], first.gradients[0], second.gradients[0]):
-        assert_close(mean, (a + b) / 2, rtol=1e-3, atol=1e-5)
+    alone = spy_steps(monkeypatch).gradients
+    run(*argv(command, tmp_path / "alone", *flags))
+    half = len(alone) // 2  # a step of match-train has one, of gan-train D's and G's
+    for i in range(half):
+        for mean, x, y in zip(first[i], alone[i], alone[half + i]):
+            assert_close(mean, (x + y) / 2, rtol=1e-3, atol=1e-5)
 
 
 def test_ctrl_c_ends_with_130(monkeypatch, plain):
@@ -1186,13 +1197,13 @@ def test_ctrl_c_ends_with_130(monkeypatch, plain):
 
 
 MISTAKES = """
-match-train --data {mess}/none => none.train: no such folder; a corpus is
+match-train --data {mess}/none => none.train: no such folder
 match-train --data {mess}/both => test.train0: is in another split, too
 match-train --data {mess}/column => labels.csv: must be CSV in UTF-8 with a column
 match-train --data {mess}/clash => rows of train0 contradict each other
 match-train --batch 99 => train: 62 identities, 99
 match-train --k 7 => --k 7: must be at least 2, at most --batch 6
-match-train --seconds nan => --seconds nan: must be at least 0
+match-train --seconds nan => argument --seconds: nan: allowed are 0 to 2
 match-train --size 48 => argument --size: invalid choice
 match-train --device cuda:77 => --device cuda:77: not here, use cpu or auto
 match-train --out {match} => holds a run; name another, or --resume
@@ -1202,14 +1213,14 @@ match-train --out {mess}/grown --resume => last.pt .* people 61
 match-train --out {mess}/cut --resume => last.pt: no checkpoint, or damaged
 match-train --out {mess}/swap --resume => last.pt: not whole, or of another version
 match-train --out {mess}/column/labels.csv/x => Not a directory: .*labels.csv
-match-train --out {mess}/big --speech-width 2000000 => out of memory: try smaller sizes
+match-train --out {mess}/big --speech-width 2000000 => out of memory, .* smaller sizes
 match-train --data {mess}/broken => too many unreadable files
 match-train --data {mess}/few => val: too few people can be read
 gan-train --ema-decay 1.5 => --ema-decay 1.5: must be at most 1
 gan-train --match {gan}/last.pt => a checkpoint of gan-train, one of match-train is
 gan-test --gan {match}/best.pt => a checkpoint of match-train, one of gan-train is
 generate {mess}/quiet.wav --gan {gan}/last.pt => quiet.wav: silent
-generate {mess}/x.mp3 --gan {gan}/last.pt => x.mp3: neither 16-bit WAV nor readable
+generate {mess}/x.mp3 --gan {gan}/last.pt => x.mp3: must be 16-bit WAV
 make-data {mess} => exists already
 check-data {mess}/both --k 7 => train: 6 identities, 7
 """.strip().splitlines()
@@ -1232,6 +1243,7 @@ def mess(tmp_path_factory, match_run):
     state["settings"]["people"] -= 1
     torch.save(state, v.make_folder(root / "grown") / "last.pt")
     (root / "cut/last.pt").write_bytes((match_run / "last.pt").read_bytes()[:9000])
+    shutil.copy(match_run / "log.jsonl", root / "swap")
     shutil.copy(match_run / "best.pt", root / "swap/last.pt")
     return root
 
@@ -1279,8 +1291,7 @@ def kill(times):
                 process.kill()
         start(command, folder, i, (i + 1) % 2).wait()
         equal += left_by(folder / str(i)) == left_by(folder / command)
-        print(f"{command}: killed after step {step} of 24; {equal} equal so far")
-    print(f"{times} kills, {equal} equal", flush=True)
+        print(f"{command} killed at step {step}: {equal} of {i + 1} equal", flush=True)
     shutil.rmtree(folder, ignore_errors=True)
     return int(equal < times)
 
@@ -1298,8 +1309,7 @@ def bench():
     data = root / "few"
     run("make-data", data, "--identities", 200)
     cfg = SimpleNamespace(**v.PAPER_PRESET["match-train"])
-    split = v.open_corpus(data, {"train": 2})["train"]
-    pairs = v.PairDataset(split, cfg, 64, 0, training=True)
+    pairs = pairs_of(data / "train", True, 64, cfg=cfg)
     seconds = timeit.timeit(lambda: pairs[0], number=9) / 9
     print(f"loader: {64 / seconds:.0f} pairs/s on one core")
     flags = ["--data", data, "--steps=60"]
@@ -1307,7 +1317,7 @@ def bench():
         run(command, "--out", root / command, *flags)
         flags += ["--match", root / command / "best.pt"]
         rate = read_log(root / command)[-1]["clips_per_s"]
-        batch = v.COMMANDS[command][1]["batch"][0]
+        batch = v.COMMANDS[command][1]["--batch"][0]
         print(f"{command}: {1000 * batch / rate:.0f} ms a default step")
     many = root / "many"
     for i in range(100_000):
