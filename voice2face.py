@@ -50,7 +50,7 @@ Where this differs from the paper (the README's table has edits and measured eff
     - A clip's negatives are its batch's other clips, of other identities where folders
       tell them, so each clip is encoded once.
     - Images are flipped at random in training; the S and F that validate best are kept.
-    - G's input and style are [z, c], c of length 1, or z loses background and glasses.
+    - G's input and style are [z, c], c of length 1, or z loses glasses and tilt.
     - psi reads F's pooled features, not phi(f), and their std over the batch.
     - G's blocks up-sample after conv1; before it, as in SNGAN, takes 1.5 times as long.
     - F has no spectral norm [SNGAN]: R1 restrains D. R1 is lazy [StyleGAN2].
