@@ -1243,7 +1243,6 @@ def mess(tmp_path_factory, match_run):
     state["settings"]["people"] -= 1
     torch.save(state, v.make_folder(root / "grown") / "last.pt")
     (root / "cut/last.pt").write_bytes((match_run / "last.pt").read_bytes()[:9000])
-    shutil.copy(match_run / "log.jsonl", root / "swap")
     shutil.copy(match_run / "best.pt", root / "swap/last.pt")
     return root
 

@@ -1123,7 +1123,7 @@ def gan_test(args):
     labels = read_labels(args.data)
     control = None
     if has_factors(labels, split.names):
-        train = open_corpus(args.data, {"train": 2})["train"]
+        train = open_corpus(args.data, {"train": 2, "test": 2})["train"]
         if has_factors(labels, train.names):
             control = control_scores(model, train, split, labels)
     page = f"# {args.gan}\n\n" + report(model, split, args, judge, other, control)
@@ -1216,7 +1216,7 @@ def read_labels(data):
         rows.fieldnames = [name.strip().lower() for name in rows.fieldnames]
         for row in rows:
             name = row["identity"].strip()
-            if gender_of(labels.setdefault(name, row)) != gender_of(row):
+            if name and gender_of(labels.setdefault(name, row)) != gender_of(row):
                 raise UserError(f"{path}: rows of {name} contradict each other")
     return labels
 
@@ -1257,7 +1257,7 @@ def image_time(image, timed):
 
 def read_audio(path):
     """All samples of a 16-bit WAV, (T,) in [-1, 1], at SAMPLE_RATE."""
-    problem = f"{path}: must be 16-bit WAV, as ffmpeg -i IN -ac 1 OUT.wav writes"
+    problem = f"{path}: must be 16-bit WAV, as ffmpeg -i IN -ar 16000 OUT.wav writes"
     with explain(problem), open(path, "rb") as file, wave.open(file) as header:
         if header.getsampwidth() != 2:
             raise wave.Error("not 16-bit")
@@ -1637,10 +1637,10 @@ def has_factors(labels, names):
     """Whether labels.csv tells all factors of these people: they are synthetic."""
     try:
         people = [labels[name] for name in names]
-        factor_values(people, [*FACTORS, *VOICE_FACTORS, "link"])
+        values = factor_values(people, [*FACTORS, *VOICE_FACTORS, "link"])
     except (KeyError, ValueError):
         return False
-    return True
+    return bool((values[:, -1] < 1).all())
 
 
 def factor_values(people, columns):
@@ -1713,7 +1713,7 @@ class Run:
 
     def __init__(self, cfg):
         self.cfg = cfg
-        self.folder = make_folder(cfg.out)
+        self.folder = Path(cfg.out)
         self.device = find_device(cfg.device)
         if RANK == 0 and cfg.data == SYNTHETIC and not Path(cfg.data).exists():
             make_data(parse(["make-data", cfg.data]))
@@ -1733,23 +1733,32 @@ class Run:
 
         Returns the checkpoint, {} for a new run.
         """
-        if RANK == 0 and not self.cfg.resume:
-            with explain(f"{self.folder}: holds a run; name another, or --resume"):
-                (self.folder / "log.jsonl").open("x").close()
         last = self.folder / "last.pt"
-        if not self.cfg.resume or not last.exists():
-            return {}
-        state = load_checkpoint(last, self.cfg.command, self.device)
-        before = state["settings"]
-        for key, value in vars(self.cfg).items():
-            if key not in MAY_CHANGE and before.get(key) != value:
-                raise UserError(f"{last} is of a run with {key} {before.get(key)}")
-        with explain(f"{last}: not whole, or of another version of this file"):
-            for key, part in parts.items():
-                part.load_state_dict(state[key])
-        self.step = state["step"]
-        self.lines = state["log"]
+        if self.cfg.resume and last.exists():
+            state = load_checkpoint(last, self.cfg.command, self.device)
+            before = state["settings"]
+            for key, value in vars(self.cfg).items():
+                if key not in MAY_CHANGE and before.get(key) != value:
+                    raise UserError(f"{last} is of a run with {key} {before.get(key)}")
+            with explain(f"{last}: not whole, or of another version of this file"):
+                for key, part in parts.items():
+                    part.load_state_dict(state[key])
+            self.step = state["step"]
+            self.lines = state["log"]
+        else:
+            state = {}
+        if RANK == 0:
+            self.start_log()
         return state
+
+    def start_log(self):
+        """Claim OUT by its log.jsonl, which a resumed run cuts to its checkpoint."""
+        log = make_folder(self.folder) / "log.jsonl"
+        taken = log.exists() or any(self.folder.glob("*.pt"))
+        if taken and not self.cfg.resume:
+            raise UserError(f"{self.folder}: holds a run; name another, or --resume")
+        with log.open("w" if self.cfg.resume else "x") as file:
+            file.writelines(self.lines)
 
     def batches(self, cfg):
         """Yield step, random generator, speech and faces of the steps that are left.
@@ -1771,7 +1780,7 @@ class Run:
         return RANK == 0 and (step % every == 0 or step == self.cfg.steps)
 
     def log(self, step, **values):
-        """Every --log-every steps print the means since, and write log.jsonl."""
+        """Every --log-every steps print the means since, and add them to log.jsonl."""
         self.sums["steps"] += 1
         for name, value in values.items():
             self.sums[name] += value.detach()  # stays on the device
@@ -1787,8 +1796,8 @@ class Run:
         print(*texts, f"{left:.0f} s left", flush=True)
         self.lines.append(json.dumps(line) + "\n")
         path = self.folder / "log.jsonl"
-        with explain(f"{path}: cannot be written"):
-            path.write_text("".join(self.lines))
+        with explain(f"{path}: cannot be written"), path.open("a") as file:
+            file.write(self.lines[-1])
         self.sums.clear()
         self.since = time.perf_counter()
 
