@@ -788,9 +788,15 @@ def test_report_shows_all_metrics_and_figures(corpus, match_run, gan_run, tmp_pa
     assert set(keys.split()) <= metrics.keys()
     assert metrics["other/preferred"] == 50  # it was the same generator
     assert metrics["real/v-f/2"] == read_metrics(match_run)["v-f/2"]
-    shown = [float(x) for x in re.findall(r"-?\d+\.\d+", page)]
     for key, value in metrics.items():
         if isinstance(value, float):
+            row = key.removesuffix("/std")
+            for kind in ("real/", "ideal/", "other/", "oracle/"):
+                row = row.removeprefix(kind)
+            if row.startswith("control/"):
+                row = row.split("/")[1]
+            (line,) = re.findall(rf"^\| {row} \|.*", page, re.MULTILINE)
+            shown = [float(x) for x in re.findall(r"-?\d+\.\d+", line)]
             assert min(abs(value - x) for x in shown) < 0.006, key
     for number in range(2, 7):
         assert f"](fig{number}.png)" in page
@@ -1014,11 +1020,21 @@ def test_any_mode_becomes_rgb(mode, color, value, tmp_path):
 
 
 def test_labels_are_read_as_spreadsheets_write_them(tmp_path):
-    text = "\ufeffidentity, gender\n\nann, f\nbob,Male\nbob,MALE,x\nkim,1\nlee\n"
+    text = (
+        "\ufeffIdentity, gender\n\nann, f\n,m\n,,\nbob,Male\nbob,MALE,x\nkim,1\nlee\n"
+    )
     (tmp_path / "labels.csv").write_text(text, encoding="utf8")
     labels = v.read_labels(tmp_path)
     genders = {name: v.gender_of(row) for name, row in labels.items()}
     assert genders == {"ann": "female", "bob": "male", "kim": "male", "lee": ""}
+
+
+@pytest.mark.parametrize("link, known", [("0.5", True), ("1", False), ("", False)])
+def test_people_are_synthetic_if_their_factors_make_sense(link, known):
+    people = simulate(3)
+    people[1]["link"] = link
+    people[2]["link"] = link
+    assert v.has_factors(people, range(3)) == known
 
 
 def test_a_batch_depends_on_seed_and_number_alone(corpus):
@@ -1122,6 +1138,12 @@ def test_a_factor_acts_on_its_own_side_only(name):
     faces = [v.draw_face(x, 0.5).tobytes() for x in (person, changed)]
     assert (speech[0] == speech[1]) == (name not in VOICE)
     assert (faces[0] == faces[1]) == (name not in FACE)
+
+
+def test_a_run_begun_with_resume_claims_its_folder(argv, tmp_path, capsys):
+    line = argv("match-train", tmp_path)
+    v.Run(v.parse([*map(str, line), "--resume"])).resume({})
+    assert "holds a run" in refused(capsys, *line)
 
 
 @pytest.mark.parametrize("command", TRAININGS)

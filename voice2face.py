@@ -35,9 +35,9 @@ Symbols
 
     Dimensions: B batch, K candidates (1 positive, K - 1 negatives), T samples,
     L frames, C channels, H W height and width, M filter taps or pixels, D = 128
-    embedding, N identities of a test, n rows of any number, R faces of a gallery,
-    P people, E factors, V voices, Z noises per voice. In code F is also
-    torch.nn.functional.
+    embedding, N identities of a test, n rows of any number, R faces of a gallery or
+    rows of a figure, P people, E factors, V voices, Z noises per voice. In code F is
+    also torch.nn.functional.
 
 Sources
     The method's numbers name their source: [paper §x]; [PASE] Pascual et al. 2019;
@@ -120,7 +120,7 @@ def explain(problem):
 # ==== 1. Inference: two encoders and the K-way loss [paper §3.1] ======================
 
 # PASE's layers after its first: kernel, stride, channels / width.
-PASE_LAYERS = (  # [PASE]; strides multiply to 160: 6 s, sinc stride 1: 600 frames
+PASE_LAYERS = (  # [PASE]; strides multiply to 160: 96,000 samples give 600 frames
     (20, 10, 1),
     (11, 2, 2),
     (11, 1, 2),
@@ -183,7 +183,7 @@ def hz_to_mel(hz):
 
 
 def l2_normalize(x, scale):
-    """Give x (B, D) the length scale: inner products are scale^2 cos(angle) [ours]."""
+    """(B, D) -> scale x / |x|, so inner products are scale^2 cos(angle) [ours]."""
     return scale * F.normalize(x, dim=1)
 
 
@@ -327,7 +327,7 @@ def top1(logits):
     So an encoder that always gives the same answer scores chance, not 100 %.
     """
     best = logits == logits.max(1, keepdim=True).values  # (B, K)
-    return best[:, 0] / best.sum(1).clamp(min=1)  # logits may be NaN: 0/1
+    return best[:, 0] / best.sum(1).clamp(min=1)  # 0/1 where logits are NaN
 
 
 # ==== 2. Generation: AdaIN generator, projection discriminator, losses [paper §3.2] ===
@@ -645,7 +645,7 @@ def gan_train(cfg):
     parts = {"model": model, "average": average, "g": generator, "d": discriminator}
     parts |= {"g_optimizer": g_optimizer, "g_schedule": g_schedule}
     parts |= {"d_optimizer": d_optimizer, "d_schedule": d_schedule}
-    cfg.stage_one = vars(model.cfg)  # is saved, tells the sizes of S and F
+    cfg.stage_one = vars(model.cfg)  # saved with G: the sizes of S and F
     run.resume(parts)
     g_net = distribute(generator)
     d_net = distribute(discriminator)
@@ -1050,8 +1050,8 @@ def plot_figures(model, split, folder, seed=0):
     z = sample_z(len(c), seed, model.device)  # (N, D)
     generated = model.generator(z, c)  # (N, 3, H, W)
     fe = model.face_encoder(generated)  # (N, D)
-    match = fe[:6] @ model.face_encoder(faces).T  # (R, N); the first R = 6 are shown
-    nearest = match.argsort(descending=True)[:, :5]  # (R, 5)
+    similarity = fe[:6] @ model.face_encoder(faces).T  # (R, N); R = 6 people are shown
+    nearest = similarity.argsort(descending=True)[:, :5]  # (R, 5)
     c1 = c[:6]  # (R, D)
     c2 = c1.roll(-1, 0)
     z1 = z[:6]  # (R, D)
@@ -1205,7 +1205,7 @@ def subsample(split, count):
 
 
 def read_labels(data):
-    """labels.csv as {identity: {column: text}}; {} without one; not for training."""
+    """labels.csv as {identity: {column: text}}; {} without one. Only tests use it."""
     path = Path(data, "labels.csv")
     labels = {}
     if not path.exists():
@@ -1244,9 +1244,9 @@ def list_pairs(identity):
         timed = bool(images) and len(recordings) == 1
         pairs += [(file, images or everywhere, timed) for file in recordings]
     if not everywhere:
-        raise UserError(f"{identity}: no image in its clip folders")
+        raise UserError(f"{identity}: no image (jpg, png) in its clip folders")
     if not pairs:
-        raise UserError(f"{identity}: no recording in its clip folders")
+        raise UserError(f"{identity}: no recording (wav) in its clip folders")
     return pairs
 
 
@@ -1415,7 +1415,8 @@ def load_batches(pairs, numbers, workers, device):
     )
     for speech, faces, names in loader:
         if pairs.training and len(names) < pairs.batch:
-            raise UserError("too many unreadable files: run check-data")
+            folder = pairs.split.folder
+            raise UserError(f"{folder}: too many unreadable files (run check-data)")
         if names:
             yield speech.to(device), to_faces(faces.to(device)), names
 
@@ -1929,6 +1930,7 @@ def reader(default):
             raise argparse.ArgumentTypeError(f"{text}: allowed are {least} to 2^32 - 1")
         return value
 
+    number.__name__ = type(default).__name__  # argparse names it in its errors
     return str if isinstance(default, str) else number
 
 
