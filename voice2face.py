@@ -1316,8 +1316,8 @@ def load_speech(path, seconds=None, rng=None, moment=None):
     if seconds:
         length = round(seconds * SAMPLE_RATE)
         x = sample_window(parts, length, rng)
-    sound = [part.std() > SILENCE for part in np.array_split(x, 50)]
-    if np.mean(sound) < MIN_SOUND:
+    slices = x[: len(x) // 50 * 50].reshape(50, -1)  # (50, T / 50)
+    if np.mean(slices.std(1) > SILENCE) < MIN_SOUND:
         raise UserError(f"{path}: silent")
     return np.resize(x, length) if seconds else x  # repeats
 
@@ -1569,7 +1569,7 @@ def blend(first, second, t):
     return tuple(int(a + t * (b - a)) for a, b in zip(first, second))
 
 
-def face_parts(face, mouth):
+def face_ellipses(face, mouth):
     """The ellipses of a face: colour, centre x and y, half width and half height.
 
     Later ones cover earlier ones. (0, 0) is the image's centre, 1 half its side, y is
@@ -1615,7 +1615,7 @@ def draw_face(face, mouth):
     background = blend(*BACKGROUND, face["background"])
     image = Image.new("RGB", (2 * SIDE, 3 * SIDE), background)  # with room to tilt
     draw = ImageDraw.Draw(image)
-    for color, x, y, rx, ry in face_parts(face, mouth):
+    for color, x, y, rx, ry in face_ellipses(face, mouth):
         box = SIDE * (1 + np.array([x - rx, y - ry, x + rx, y + ry]))
         draw.ellipse(tuple(box), fill=color)
     below = (SIDE, 1.8 * SIDE)  # the centre of the tilt
