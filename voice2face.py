@@ -47,21 +47,25 @@ Sources
 Where this differs from the paper (the README's table has edits and measured effects)
     - Embeddings are L2-normalised to one length: it improves the untrained direction.
     - Waveforms get zero mean and rms 1: offset and loudness are the microphone's.
-    - A clip's negatives are its batch's other clips, of other identities where folders
-      tell them, so each clip is encoded once.
+    - A batch has one random recording of each of B random identities; where nobody
+      knows identities, each clip is one. A clip's negatives are its batch's other clips
+      (of its own process), so each clip is encoded once.
     - Images are flipped at random in training; the S and F that validate best are kept.
-    - G's input and style are [z, c], c of length 1, or z loses glasses and tilt.
+    - G's input and its AdaIN style are both [z, c], with c scaled to length 1: at its
+      own length z no longer decides the tilt.
     - psi reads F's pooled features, not phi(f), and their std over the batch.
     - G's blocks up-sample after conv1; before it, as in SNGAN, takes 1.5 times as long.
-    - F has no spectral norm [SNGAN]: R1 restrains D. R1 is lazy [StyleGAN2].
+    - F has no spectral norm [SNGAN]: with it z loses the glasses. R1 is lazy
+      [StyleGAN2].
     - S is frozen in stage two; a running average of G's weights is what is tested.
-    - G's step takes the scores of real faces from D's step, before D has learned.
+    - G's loss takes the scores of real faces from D's step, computed before D's update.
     - Runs of a test draw windows, images and z anew, not the negatives alone.
     - Our text of the paper lacks its appendices and Eq. 1 and 3 to 6: sizes come from
       the cited sources and the losses from the prose (see `gan_loss`).
-    - The preset `small`, for two CPU cores: 1.5 s of speech, 64x64 pixels, a sinc layer
-      of stride 8, narrower layers, synthetic people. The preset `paper` has the sizes
-      of the paper and its sources.
+    - The preset `small`, for two CPU cores: 1.5 s of speech in training (6 s in tests),
+      64x64 pixels, a sinc layer of stride 8, narrower layers, synthetic people. The
+      preset `paper` has the sizes of the paper and its sources.
+    - A gallery of faces is as large as the test split where that has fewer than 5,000.
     - Speech near an image's time is left out only where the file's name tells the time.
 """
 
@@ -120,7 +124,7 @@ def explain(problem):
 # ==== 1. Inference: two encoders and the K-way loss [paper §3.1] ======================
 
 # PASE's layers after its first: kernel, stride, channels / width.
-PASE_LAYERS = (  # [PASE]; strides multiply to 160: 96,000 samples give 600 frames
+PASE_LAYERS = (  # [PASE]; after a sinc stride of 1, 96,000 samples give 600 frames
     (20, 10, 1),
     (11, 2, 2),
     (11, 1, 2),
@@ -130,7 +134,7 @@ PASE_LAYERS = (  # [PASE]; strides multiply to 160: 96,000 samples give 600 fram
     (11, 2, 8),
 )
 MIN_HZ = 50  # lowest cut-off and narrowest band of a sinc filter [SincNet]
-HZ_UNIT = 100  # cut-offs are learned in such units: one learning rate fits all [ours]
+HZ_UNIT = 100  # cut-offs are learned in units of 100 Hz [ours]
 
 
 class SincConv(nn.Module):
@@ -191,8 +195,8 @@ class SpeechEncoder(nn.Module):
     """S: waveforms (B, T) -> embeddings (B, D). PASE's encoder, mean, linear map.
 
     The sinc layer and 7 stacks of convolution [paper §3.1], each with batch norm and a
-    PReLU of one slope per channel; reflection padding [PASE]. The mean over time and
-    the linear map are [ours]. [PASE] has width 64 and sinc_stride 1.
+    PReLU of one slope per channel; reflection padding [PASE], equal on both sides. The
+    mean over time and the linear map are [ours]. [PASE] has width 64 and sinc_stride 1.
     """
 
     def __init__(self, width=64, sinc_stride=1, scale=1.0):
@@ -201,8 +205,8 @@ class SpeechEncoder(nn.Module):
         sinc = SincConv(width, stride=sinc_stride)
         layers = [sinc, nn.BatchNorm1d(width), nn.PReLU(width, init=0.0)]  # [PASE]
         channels = width
-        for kernel, stride, units in PASE_LAYERS:
-            out = units * width
+        for kernel, stride, multiple in PASE_LAYERS:
+            out = multiple * width
             layers += [
                 nn.ReflectionPad1d((kernel - 1) // 2),
                 nn.Conv1d(channels, out, kernel, stride, bias=False),
@@ -242,7 +246,7 @@ class DBlock(nn.Module):
         h = self.conv2(F.relu(self.conv1(h)))  # (B, C', H, W)
         if self.down:
             h = F.avg_pool2d(h, 2)  # (B, C', H/2, W/2)
-            x = F.avg_pool2d(x, 2)  # (B, C, H/2, W/2); the 1x1 layer commutes with it
+            x = F.avg_pool2d(x, 2)  # (B, C, H/2, W/2); after the 1x1 layer it is equal
         return h + self.skip(x)
 
 
@@ -272,7 +276,7 @@ class FaceEncoder(nn.Module):
         return F.relu(self.blocks(faces)).sum((2, 3))  # (B, C, 4, 4) -> (B, C)
 
     def embed(self, faces):
-        """(B, 3, H, W) -> (B, D), before all get one length."""
+        """(B, 3, H, W) -> (B, D), before L2 normalisation."""
         return self.head(self.features(faces))  # (B, C) -> (B, D)
 
     def forward(self, faces):
@@ -280,7 +284,10 @@ class FaceEncoder(nn.Module):
 
 
 def init_conv(module):
-    """Glorot-uniform weights, with gain sqrt(2) for 3x3 convolutions [SNGAN]."""
+    """Glorot-uniform convolutions, with gain sqrt(2) if 3x3 [SNGAN].
+
+    Linear layers keep PyTorch's start [ours].
+    """
     if isinstance(module, nn.Conv2d):
         gain = math.sqrt(2) if module.kernel_size == (3, 3) else 1
         nn.init.xavier_uniform_(module.weight, gain)
@@ -298,8 +305,9 @@ def sample_candidates(n, k, rng=None):
     if n < k:
         raise UserError(f"K = {k} needs {k} identities at once, there are {n}")
     circle = torch.randperm(n, generator=rng)  # (n,)
-    place = circle.argsort()[:, None]  # (n, 1), where each row stands in the circle
-    return circle[(place + torch.arange(k)) % n]  # (n, 1) + (K,) -> (n, K)
+    place = circle.argsort()  # (n,), where each row stands in the circle
+    ahead = torch.arange(k)  # (K,); 0 is the row itself
+    return circle[(place[:, None] + ahead) % n]  # (n, 1) + (K,) -> (n, K)
 
 
 def match_logits(speech_emb, face_emb, candidates, direction):
@@ -388,7 +396,7 @@ class Generator(nn.Module):
 
     A linear map of [z, c] to 4x4 positions, blocks that double the side, tanh [SNGAN];
     AdaIN in each layer [paper §3.2]. [SNGAN] has size 128 and width 64. c is scaled to
-    length 1 [ours], so that it does not outweigh z.
+    length 1 [ours].
     """
 
     def __init__(self, size=128, width=64):
@@ -444,9 +452,10 @@ def inner(c, phi):
 
 
 def logit(c, phi, psi):
-    """Eq. 2: g(f, c) = <c, phi> + psi, -> (B,); in Eq. 3 c is S(s), phi starts as F.
+    """Eq. 2: g(f, c) = <c, phi> + psi, -> (B,).
 
-    The paper's psi reads phi(f), ours the pooled features below it [ours].
+    Eq. 3 is the same with c = S(s) and a phi that starts as the trained F. The paper's
+    psi reads phi(f), ours the pooled features below it [ours].
     """
     return inner(c, phi) + psi
 
@@ -455,7 +464,7 @@ def gan_loss(kind, c_pos, c_neg, winner, loser):
     """Eq. 6, -E log A(g_rel) with the sigmoid A: D's and G's loss, -> ().
 
     winner and loser are D's outputs, phi (B, D) and psi (B,), for two batches of faces,
-    x and y. For D the real faces win, for G the generated ones (non-saturating form).
+    x and y. In D's loss the real faces win, in G's the generated ones (non-saturating).
 
         Eq. 4, "rel":    g_rel = g(x, c+) - g(y, c+)
         Eq. 5, "relid":  g_rel = g(x, c+) - g(y, c+) + <c+, phi(x)> - <c-, phi(x)>
@@ -463,15 +472,19 @@ def gan_loss(kind, c_pos, c_neg, winner, loser):
     The terms that Eq. 5 adds keep D asking who fits whom, which phi would forget [paper
     §3.2]. That all terms share one sigmoid, and are swapped for G, is our reading.
     """
-    phi, _ = winner
-    g_rel = logit(c_pos, *winner) - logit(c_pos, *loser)  # (B,)
+    phi_x, psi_x = winner
+    phi_y, psi_y = loser
+    g_rel = logit(c_pos, phi_x, psi_x) - logit(c_pos, phi_y, psi_y)  # (B,)
     if kind == "relid":
-        g_rel = g_rel + inner(c_pos, phi) - inner(c_neg, phi)  # (B,)
+        g_rel = g_rel + inner(c_pos, phi_x) - inner(c_neg, phi_x)  # (B,)
     return -F.logsigmoid(g_rel).mean()
 
 
 def r1_penalty(discriminator, real, c):
-    """R1 without gamma/2: E |grad_f of the batch's summed g(f, c)|^2; () [R1]."""
+    """R1 without gamma/2: E |grad_f g(f, c)|^2, -> () [R1].
+
+    One backward pass of the batch's sum gives all gradients.
+    """
     real = real.detach().requires_grad_(True)
     phi, psi = discriminator(real)
     total = logit(c, phi, psi).sum()
@@ -571,12 +584,12 @@ class Model(nn.Module):
 def make_schedule(optimizer, steps, warm_up=0.0):
     """Learning rate: linear warm-up, peak, from half-way a linear fall to 0 [ours]."""
 
-    def factor(step):
+    def share(step):
         rise = (step + 1) / max(1, warm_up * steps)
         fall = 2 - 2 * step / steps
         return min(rise, 1, fall)
 
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, share)
 
 
 def match_train(cfg):
@@ -638,11 +651,11 @@ def gan_train(cfg):
     model = load_model(cfg.match, "match-train", run.device)
     generator = Generator(model.cfg.size, cfg.width).to(run.device)
     discriminator = Discriminator(model.face_encoder, cfg.weight).to(run.device)
-    average = AveragedModel(generator, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema_decay))
-    model.generator = average.module
+    ema = AveragedModel(generator, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema_decay))
+    model.generator = ema.module  # is tested; ema.update_parameters() changes it
     g_optimizer, g_schedule = make_adam(generator, cfg.lr, cfg.steps)
     d_optimizer, d_schedule = make_adam(discriminator, cfg.d_lr, cfg.steps)
-    parts = {"model": model, "average": average, "g": generator, "d": discriminator}
+    parts = {"model": model, "ema": ema, "g": generator, "d": discriminator}
     parts |= {"g_optimizer": g_optimizer, "g_schedule": g_schedule}
     parts |= {"d_optimizer": d_optimizer, "d_schedule": d_schedule}
     cfg.stage_one = vars(model.cfg)  # saved with G: the sizes of S and F
@@ -676,7 +689,7 @@ def gan_train(cfg):
         loss_g.backward(inputs=list(generator.parameters()))  # no gradients for D
         g_optimizer.step()
         g_schedule.step()
-        average.update_parameters(generator)
+        ema.update_parameters(generator)
 
         identity = inner(c_pos - c_neg, d_real[0]).mean()  # > 0: D knows who fits whom
         run.log(step, loss_d=loss_d, loss_g=loss_g, identity=identity)
