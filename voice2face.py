@@ -89,7 +89,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torchaudio
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageColor, ImageDraw, ImageOps
 from torch import distributed, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -1493,13 +1493,12 @@ CLIP_SECONDS = 6
 CLIP_IMAGES = 6
 FORMANTS = (500, 1500, 2500, 3500)  # Hz, the resonances of an even tube of 17 cm
 SIDE = 128  # pixels of a face
-HAIR = [(36, 30, 34), (226, 180, 96)]  # from dark to fair
-SKIN = [(255, 218, 190), (134, 88, 62)]  # from light to dark
-BACKGROUND = [(126, 184, 226), (246, 176, 142)]  # from blue to peach
-INK = (34, 28, 36)
-WHITE = (255, 255, 255)
-CLOTHES = (96, 110, 160)
-LIPS = (206, 62, 72)
+HAIR = ("#241e22", "#e2b460")  # from dark to fair
+SKIN = ("#ffdabe", "#86583e")  # from light to dark
+BACKGROUND = ("#7eb8e2", "#f6b08e")  # from blue to peach
+INK = "#221c24"
+CLOTHES = "#606ea0"
+LIPS = "#ce3e48"
 
 
 def sample_voice(rng):
@@ -1565,8 +1564,10 @@ def synth_speech(voice, rng):
 
 
 def blend(first, second, t):
-    """The colour at t in 0 ... 1 between two colours."""
-    return tuple(int(a + t * (b - a)) for a, b in zip(first, second))
+    """The colour at t in 0 ... 1 between two colours, in PIL's notation."""
+    pairs = zip(ImageColor.getrgb(first), ImageColor.getrgb(second))
+    mixed = tuple(int(a + t * (b - a)) for a, b in pairs)
+    return f"rgb{mixed}"
 
 
 def face_ellipses(face, mouth):
@@ -1581,7 +1582,7 @@ def face_ellipses(face, mouth):
     skin = blend(*SKIN, face["skin"])
     shade = blend(skin, INK, 0.2)
     crease = blend(skin, INK, 0.5 * age)
-    hair = blend(blend(*HAIR, face["hair"]), WHITE, 0.5 * age**2)
+    hair = blend(blend(*HAIR, face["hair"]), "white", 0.5 * age**2)
     dark_hair = blend(hair, INK, 0.3)
     width = 0.62 - 0.28 * tract
     height = 0.46 + 0.24 * tract
@@ -1603,7 +1604,7 @@ def face_ellipses(face, mouth):
         if face["glasses"]:
             parts += [(INK, x, -0.1, rim, rim), (skin, x, -0.1, 0.145, 0.145)]
         parts += [
-            (WHITE, x, -0.1, 0.115, eye),
+            ("white", x, -0.1, 0.115, eye),
             (INK, x, -0.1, 0.075, min(0.09, eye)),  # pupil
             (dark_hair, x, -0.29, 0.13, 0.04 if male else 0.025),  # brow
         ]
