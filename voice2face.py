@@ -85,6 +85,7 @@ from collections import Counter, defaultdict, namedtuple
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import NormalDist
 
 import numpy as np
 import torch
@@ -1185,15 +1186,13 @@ def open_corpus(data, least):
     corpus = {}
     for split, count in least.items():
         folder = Path(data, split)
-        if not folder.is_dir():
-            raise UserError(f"{folder}: no such folder, a corpus has train, val, test")
-        names = [e.name for e in os.scandir(folder) if e.is_dir() and e.name[0] != "."]
+        names = [path.name for path in folder.glob("[!.]*") if path.is_dir()]
         if len(names) < count:
-            raise UserError(f"{folder}: {len(names)} identities, {count} are needed")
+            raise UserError(f"{folder}: {len(names)} identities found, {count} needed")
         for other in corpus.values():
             for name in np.intersect1d(names, other.names):
                 raise UserError(f"{folder / name}: is in another split, too")
-        corpus[split] = Split(folder, np.array(sorted(names)))
+        corpus[split] = Split(folder, np.sort(names))
     return corpus
 
 
@@ -1499,6 +1498,7 @@ BACKGROUND = ("#7eb8e2", "#f6b08e")  # from blue to peach
 INK = "#221c24"
 CLOTHES = "#606ea0"
 LIPS = "#ce3e48"
+normal_cdf = NormalDist().cdf  # standard normal numbers become uniform
 
 
 def sample_voice(rng):
@@ -1523,11 +1523,6 @@ def sample_face(voice, rng):
         face[name] = rng.random()
     face["tilt"] = rng.uniform(-12, 12)  # degrees
     return face
-
-
-def normal_cdf(x):
-    """The standard normal's distribution function: normal numbers become uniform."""
-    return 0.5 + 0.5 * math.erf(x / math.sqrt(2))
 
 
 def synth_speech(voice, rng):
@@ -1658,7 +1653,9 @@ def write_person(data, seed, i, split):
     voice = sample_voice(rng)
     face = sample_face(voice, rng)
     with wave.open(str(folder / "speech.wav"), "wb") as file:
-        file.setparams((1, 2, SAMPLE_RATE, 0, "NONE", ""))  # one channel of 2 bytes
+        file.setnchannels(1)
+        file.setsampwidth(2)  # bytes
+        file.setframerate(SAMPLE_RATE)
         file.writeframes(synth_speech(voice, rng).tobytes())
     for ms in rng.choice(1000 * CLIP_SECONDS, CLIP_IMAGES, replace=False):
         draw_face(face, rng.random()).save(folder / f"{ms}.jpg", quality=92)
@@ -1724,7 +1721,7 @@ class Run:
         self.corpus = open_corpus(cfg.data, {"train": cfg.batch, "val": 2, "test": 2})
         cfg.processes = PROCESSES
         cfg.people = len(self.corpus["train"].names)
-        self.step = 0  # steps done before
+        self.step = 0  # the last one that the checkpoint or the log has
         self.lines = []  # of the log
         self.sums = Counter()  # of the values since the last line of the log
         self.since = time.perf_counter()
@@ -1735,6 +1732,7 @@ class Run:
 
         Returns the checkpoint, {} for a new run.
         """
+        state = {}
         last = self.folder / "last.pt"
         if self.cfg.resume and last.exists():
             state = load_checkpoint(last, self.cfg.command, self.device)
@@ -1747,8 +1745,6 @@ class Run:
                     part.load_state_dict(state[key])
             self.step = state["step"]
             self.lines = state["log"]
-        else:
-            state = {}
         if RANK == 0:
             self.start_log()
         return state
@@ -1770,8 +1766,8 @@ class Run:
         """
         seed = self.cfg.seed
         pairs = PairDataset(self.corpus["train"], cfg, self.cfg.batch, seed, True)
-        steps = range(self.step, self.cfg.steps)
-        numbers = [step * PROCESSES + RANK for step in steps]
+        first = self.step * PROCESSES + RANK
+        numbers = range(first, self.cfg.steps * PROCESSES, PROCESSES)  # of batches
         batches = load_batches(pairs, numbers, self.cfg.workers, self.device)
         for number, (speech, faces, _) in zip(numbers, batches):
             rng = torch.Generator().manual_seed(seed * 2**32 + number)
@@ -1783,23 +1779,22 @@ class Run:
 
     def log(self, step, **values):
         """Every --log-every steps print the means since, and add them to log.jsonl."""
-        self.sums["steps"] += 1
         for name, value in values.items():
             self.sums[name] += value.detach()  # stays on the device
         if not self.is_due(step, self.cfg.log_every):
             return
-        steps = self.sums.pop("steps")
+        steps = step - self.step
         seconds = time.perf_counter() - self.since
         line = {"step": step}
         line |= {name: rounded(total / steps) for name, total in self.sums.items()}
         line["clips_per_s"] = rounded(steps * self.cfg.batch * PROCESSES / seconds)
-        texts = [f"{name} {value} " for name, value in line.items()]
         left = (self.cfg.steps - step) * seconds / steps
-        print(*texts, f"{left:.0f} s left", flush=True)
+        print(line, f"{left:.0f} s left", flush=True)
         self.lines.append(json.dumps(line) + "\n")
         path = self.folder / "log.jsonl"
         with explain(f"{path}: cannot be written"), path.open("a") as file:
             file.write(self.lines[-1])
+        self.step = step
         self.sums.clear()
         self.since = time.perf_counter()
 
