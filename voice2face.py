@@ -482,7 +482,7 @@ def r1_penalty(discriminator, real, c):
 
 # ==== 3. Training both stages [paper §3, §4] ==========================================
 
-# Settings {flag: (default, meaning)}; of several values the first is the default.
+# Settings {flag: (default, meaning, the values to choose from, if they are few)}.
 SYNTHETIC = "data/synthetic"  # made where it is missing
 DIRECTIONS = ("v-f", "f-v")
 SEED = (0, "seed of all randomness")
@@ -496,7 +496,7 @@ TEST_SETTINGS = {
 }
 RUN_SETTINGS = {
     **TEST_SETTINGS,
-    "--preset": (("small", "paper"), "sizes for two CPU cores, or the paper's"),
+    "--preset": ("small", "sizes for two CPU cores, or the paper's", "small", "paper"),
     "--val-clips": (2000, "identities of a validation at most [ours]"),
     "--save-every": (100, "steps between checkpoints"),
     "--log-every": (50, "steps between lines of the log"),
@@ -505,13 +505,13 @@ RUN_SETTINGS = {
 MATCH_SETTINGS = {
     **RUN_SETTINGS,
     "--out": ("runs/match", "run folder: checkpoints, log, metrics"),
-    "--direction": (DIRECTIONS, "given a voice pick a face, or the reverse"),
+    "--direction": ("v-f", "given a voice pick a face, or the reverse", *DIRECTIONS),
     "--k": (10, "candidates of a matching task in training [paper §4]"),
     "--steps": (1200, "training steps [ours]"),
     "--batch": (32, "clips per step and process [ours]"),
     "--seconds": (1.5, "of speech in a training pair [ours]; 6 in [paper §4]"),
-    "--size": ((64, 32, 128), "side of a face [ours]; 128 in [paper §2]"),
-    "--sinc-stride": ((8, 1, 2, 4), "of the sinc layer [ours]; 1 in [PASE]"),
+    "--size": (64, "side of a face [ours]; 128 in [paper §2]", 64, 32, 128),
+    "--sinc-stride": (8, "of the sinc layer [ours]; 1 in [PASE]", 8, 1, 2, 4),
     "--speech-width": (16, "sinc filters, unit of S's widths [ours]; 64 in [PASE]"),
     "--face-width": (16, "F's first channels [ours]; 64 in [SNGAN]"),
     "--embed-scale": (3.5, "length of an embedding [ours]"),
@@ -522,7 +522,7 @@ GAN_SETTINGS = {
     **RUN_SETTINGS,
     "--match": ("runs/match/best.pt", "checkpoint of match-train"),
     "--out": ("runs/gan", "run folder: checkpoint, log, samples, metrics"),
-    "--loss": (("relid", "rel"), "relid: Eq. 5; rel: Eq. 4 [paper §3.2]"),
+    "--loss": ("relid", "relid: Eq. 5; rel: Eq. 4 [paper §3.2]", "relid", "rel"),
     "--steps": (5000, "training steps, each one of D and one of G [ours]"),
     "--batch": (8, "real faces per step and process [ours]"),
     "--width": (16, "G's last channels [ours]; 64 in [SNGAN]"),
@@ -1859,7 +1859,7 @@ COMMANDS = {
         {
             **TEST_SETTINGS,
             "--match": GAN_SETTINGS["--match"],
-            "--split": (("test", "val", "train"), "part of the corpus"),
+            "--split": ("test", "part of the corpus", "test", "val", "train"),
             "--out": ("runs/match-test", "folder for metrics.json"),
         },
     ),
@@ -1913,50 +1913,41 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def reader(default):
-    """A function that reads a value of the default's type off the command line.
-
-    It refuses NaN, negative numbers, and 0 where the default is a count.
-    """
-
-    def number(text):
-        value = type(default)(text)
-        least = int(type(default) is int and default > 0)
-        if not least <= value < 2**32:
-            raise argparse.ArgumentTypeError(f"{text}: allowed are {least} to 2^32 - 1")
-        return value
-
-    number.__name__ = type(default).__name__  # argparse names it in its errors
-    return str if isinstance(default, str) else number
-
-
-def add_setting(parser, flag, default, meaning):
+def add_setting(parser, flag, default, meaning, *choices):
     """Add a setting to a parser: as a flag, or by position if it has no default."""
     if default is None:
         parser.add_argument(flag, nargs="+" if flag == "speech" else None, help=meaning)
     elif default is False:
         parser.add_argument(flag, action="store_true", help=meaning)
     else:
-        choices = default if isinstance(default, tuple) else None
-        first = choices[0] if choices else default
-        text = f"{meaning} (default: {first})"
-        kind = reader(first)
-        parser.add_argument(flag, type=kind, choices=choices, default=first, help=text)
+        kind = type(default)
+        text = f"{meaning} (default: {default})"
+        parser.add_argument(
+            flag, type=kind, choices=choices or None, default=default, help=text
+        )
 
 
 def parse(argv=None):
-    """The settings of a command line; the preset's where no flag is given."""
+    """The settings of a command line; the preset's where no flag is given.
+
+    Raises UserError for NaN, a negative number, or a count of 0.
+    """
     parser = Parser()
     commands = parser.add_subparsers(dest="command", required=True)
     for command, (function, settings) in COMMANDS.items():
         summary = function.__doc__
         subparser = commands.add_parser(command, help=summary, description=summary)
-        for flag, (default, meaning) in settings.items():
-            add_setting(subparser, flag, default, meaning)
+        for flag, setting in settings.items():
+            add_setting(subparser, flag, *setting)
     cfg = parser.parse_args(argv)
     if getattr(cfg, "preset", "") == "paper":
         commands.choices[cfg.command].set_defaults(**PAPER_PRESET[cfg.command])
         cfg = parser.parse_args(argv)
+    for name, value in vars(cfg).items():
+        is_count = type(value) is int and name not in ("seed", "workers")
+        least = int(is_count)
+        if type(value) in (int, float) and not least <= value < 2**32:
+            raise UserError(f"{name} {value}: allowed are {least} to 2^32 - 1")
     return cfg
 
 
