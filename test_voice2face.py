@@ -1066,7 +1066,7 @@ def test_a_dead_loader_process_is_one_line(argv, tmp_path, capsys, monkeypatch):
 FAULTS = (
     "empty.wav cut.wav silent.wav:.silent e.WAV f.jpg tiny.png.*32.a.side "
     "plain.png:.of.one.colour речь.wav:.ends.before.its.image's.time.of.9.0.s "
-    "val3:.no.recording test5:.no.image"
+    "val3:.0.recordings test5:.*.0.images"
 )
 
 

@@ -1226,32 +1226,29 @@ def gender_of(row):
 
 
 def list_pairs(identity):
-    """The recordings of an identity with their images: [(recording, images, timed)].
+    """The recordings of an identity with their images: [(recording, {image: moment})].
 
     A recording's images are those in its folder or, if there are none, as in VoxCeleb
-    with VGGFace, all of the identity. timed says that it is the one recording of its
-    folder, so that the images' names may tell moments.
+    with VGGFace, all of the identity. An image's name may tell its moment (s) in the
+    one recording of its folder; otherwise the moment is None.
     """
     pairs = []
-    everywhere = []  # all images; the pairs share this list while it grows
+    everywhere = {}  # all images; the pairs share this dict while it grows
     for clip in sorted(glob.glob("*/", root_dir=identity)):  # no hidden ones
         files = sorted(Path(identity, clip).iterdir())
         files = [file for file in files if file.name[0] != "."]
-        images = [file for file in files if file.suffix.lower() in IMAGE_ENDINGS]
-        everywhere += images
         recordings = [file for file in files if file.suffix.lower() == ".wav"]
-        timed = bool(images) and len(recordings) == 1
-        pairs += [(file, images or everywhere, timed) for file in recordings]
-    if not everywhere:
-        raise UserError(f"{identity}: no image (jpg, png) in its clip folders")
-    if not pairs:
-        raise UserError(f"{identity}: no recording (wav) in its clip folders")
+        images = {}
+        for file in files:
+            if file.suffix.lower() in IMAGE_ENDINGS:
+                timed = len(recordings) == 1 and file.stem.isdecimal()
+                images[file] = int(file.stem) / 1000 if timed else None
+        everywhere |= dict.fromkeys(images)
+        pairs += [(file, images or everywhere) for file in recordings]
+    if not (pairs and everywhere):
+        found = f"{len(pairs)} recordings (wav), {len(everywhere)} images (jpg, png)"
+        raise UserError(f"{identity}: {found} in its clip folders, both are needed")
     return pairs
-
-
-def image_time(image, timed):
-    """The moment (s) in an image's name; None if there is none, or it is not timed."""
-    return int(image.stem) / 1000 if timed and image.stem.isdecimal() else None
 
 
 def read_audio(path):
@@ -1390,9 +1387,8 @@ class PairDataset:
 
     def load_pair(self, name, rng):
         """Speech (T,), face (H, W, 3), name: a random recording, one of its images."""
-        recording, images, timed = pick(list_pairs(self.split.folder / name), rng)
-        image = pick(images, rng)
-        moment = image_time(image, timed)
+        recording, images = pick(list_pairs(self.split.folder / name), rng)
+        image, moment = pick(list(images.items()), rng)
         face = load_face(image, self.cfg.size)
         if self.training and rng.random() < 0.5:
             face = face[:, ::-1]  # [ours]
@@ -1453,12 +1449,12 @@ def check_split(split, faults):
     times = []
     for name in split.names:
         pairs = attempt(faults, list_pairs, split.folder / name)
-        for recording, images, timed in pairs:
+        for recording, images in pairs:
             speech = attempt(faults, load_speech, recording)
             seconds.append(len(speech) / SAMPLE_RATE)
-            for image in sorted(set(images) - files):
+            for image in sorted(images.keys() - files):
                 attempt(faults, load_face, image, MIN_SIDE)
-                moment = image_time(image, timed)
+                moment = images[image]
                 if moment is not None and len(speech):
                     attempt(faults, spare_moment, recording, speech, moment)
                     times.append(moment)
@@ -1487,7 +1483,6 @@ LINK = 0.72  # correlation of voice and face: the accuracy is then near the pape
 LINKED = ("age", "tract", "build")  # and gender, which voice and face share wholly
 VOICE_FACTORS = ("gender", "voice_age", "voice_tract", "voice_build")
 FACTORS = ("gender", *LINKED, "glasses", "hair", "skin", "background", "tilt")
-IDENTITIES = 2400  # of the default corpus
 CLIP_SECONDS = 6
 CLIP_IMAGES = 6
 FORMANTS = (500, 1500, 2500, 3500)  # Hz, the resonances of an even tube of 17 cm
@@ -1892,7 +1887,7 @@ COMMANDS = {
         {
             "folder": (None, "where to write the corpus"),
             "--seed": SEED,
-            "--identities": (IDENTITIES, "people; 0.06 of them validate, 0.14 test"),
+            "--identities": (2400, "people; 0.06 of them validate, 0.14 test"),
         },
     ),
     "check-data": (
