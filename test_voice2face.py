@@ -1204,14 +1204,14 @@ def test_ctrl_c_ends_with_130(monkeypatch, plain):
 
 
 MISTAKES = """
-match-train --data {mess}/none => none.train: 0 identities found, 6
+match-train --data {mess}/none => none.train: no such folder
 match-train --data {mess}/both => test.train0: is in another split, too
 match-train --data {mess}/column => labels.csv: must be CSV in UTF-8 with a column
 match-train --data {mess}/clash => rows of train0 contradict each other
-match-train --batch 99 => train: 62 identities found, 99
+match-train --batch 99 => train: 62 identities, 99
 match-train --k 7 => --k 7: must be at least 2, at most --batch 6
-match-train --seconds nan => seconds nan: allowed are 0 to 2
-match-train --steps 0 => steps 0: allowed are 1 to 2
+match-train --seconds nan => --seconds nan: allowed are 0 to 2
+match-train --steps 0 => --steps 0: allowed are 1 to 2
 match-train --size 48 => argument --size: invalid choice
 match-train --device cuda:77 => --device cuda:77: not here, use cpu or auto
 match-train --out {match} => holds a run; name another, or --resume
@@ -1230,7 +1230,7 @@ gan-test --gan {match}/best.pt => a checkpoint of match-train, one of gan-train 
 generate {mess}/quiet.wav --gan {gan}/last.pt => quiet.wav: silent
 generate {mess}/x.mp3 --gan {gan}/last.pt => x.mp3: must be 16-bit WAV
 make-data {mess} => exists already
-check-data {mess}/both --k 7 => train: 6 identities found, 7
+check-data {mess}/both --k 7 => train: 6 identities, 7
 """.strip().splitlines()
 
 

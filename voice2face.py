@@ -85,7 +85,6 @@ from collections import Counter, defaultdict, namedtuple
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import NormalDist
 
 import numpy as np
 import torch
@@ -1186,9 +1185,11 @@ def open_corpus(data, least):
     corpus = {}
     for split, count in least.items():
         folder = Path(data, split)
-        names = [path.name for path in folder.glob("[!.]*") if path.is_dir()]
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder, a corpus has train, val, test")
+        names = [e.name for e in os.scandir(folder) if e.is_dir() and e.name[0] != "."]
         if len(names) < count:
-            raise UserError(f"{folder}: {len(names)} identities found, {count} needed")
+            raise UserError(f"{folder}: {len(names)} identities, {count} are needed")
         for other in corpus.values():
             for name in np.intersect1d(names, other.names):
                 raise UserError(f"{folder / name}: is in another split, too")
@@ -1233,7 +1234,7 @@ def list_pairs(identity):
     one recording of its folder; otherwise the moment is None.
     """
     pairs = []
-    everywhere = {}  # all images; the pairs share this dict while it grows
+    everywhere = {}  # all images of the identity
     for clip in sorted(glob.glob("*/", root_dir=identity)):  # no hidden ones
         files = sorted(Path(identity, clip).iterdir())
         files = [file for file in files if file.name[0] != "."]
@@ -1244,11 +1245,11 @@ def list_pairs(identity):
                 timed = len(recordings) == 1 and file.stem.isdecimal()
                 images[file] = int(file.stem) / 1000 if timed else None
         everywhere |= dict.fromkeys(images)
-        pairs += [(file, images or everywhere) for file in recordings]
+        pairs += [(file, images) for file in recordings]
     if not (pairs and everywhere):
         found = f"{len(pairs)} recordings (wav), {len(everywhere)} images (jpg, png)"
         raise UserError(f"{identity}: {found} in its clip folders, both are needed")
-    return pairs
+    return [(file, images or everywhere) for file, images in pairs]
 
 
 def read_audio(path):
@@ -1493,7 +1494,6 @@ BACKGROUND = ("#7eb8e2", "#f6b08e")  # from blue to peach
 INK = "#221c24"
 CLOTHES = "#606ea0"
 LIPS = "#ce3e48"
-normal_cdf = NormalDist().cdf  # standard normal numbers become uniform
 
 
 def sample_voice(rng):
@@ -1518,6 +1518,11 @@ def sample_face(voice, rng):
         face[name] = rng.random()
     face["tilt"] = rng.uniform(-12, 12)  # degrees
     return face
+
+
+def normal_cdf(x):
+    """The standard normal's distribution function: normal numbers become uniform."""
+    return 0.5 + 0.5 * math.erf(x / math.sqrt(2))
 
 
 def synth_speech(voice, rng):
@@ -1784,7 +1789,8 @@ class Run:
         line |= {name: rounded(total / steps) for name, total in self.sums.items()}
         line["clips_per_s"] = rounded(steps * self.cfg.batch * PROCESSES / seconds)
         left = (self.cfg.steps - step) * seconds / steps
-        print(line, f"{left:.0f} s left", flush=True)
+        texts = [f"{name} {value} " for name, value in line.items()]
+        print(*texts, f"{left:.0f} s left", flush=True)
         self.lines.append(json.dumps(line) + "\n")
         path = self.folder / "log.jsonl"
         with explain(f"{path}: cannot be written"), path.open("a") as file:
@@ -1940,9 +1946,10 @@ def parse(argv=None):
         cfg = parser.parse_args(argv)
     for name, value in vars(cfg).items():
         is_count = type(value) is int and name not in ("seed", "workers")
-        least = int(is_count)
+        least = 1 if is_count else 0
         if type(value) in (int, float) and not least <= value < 2**32:
-            raise UserError(f"{name} {value}: allowed are {least} to 2^32 - 1")
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} {value}: allowed are {least} to 2^32 - 1")
     return cfg
 
 
