@@ -93,7 +93,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torchaudio
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageColor, ImageDraw, ImageOps
 from torch import distributed, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -494,7 +494,7 @@ def r1_penalty(discriminator, real, c):
 
 # ==== 3. Training both stages [paper §3, §4] ==========================================
 
-# Settings {flag: (default, meaning)}; of several values the first is the default.
+# Settings {flag: (default, meaning, the values to choose from, if they are few)}.
 SYNTHETIC = "data/synthetic"  # made where it is missing
 DIRECTIONS = ("v-f", "f-v")
 SEED = (0, "seed of all randomness")
@@ -508,7 +508,7 @@ TEST_SETTINGS = {
 }
 RUN_SETTINGS = {
     **TEST_SETTINGS,
-    "--preset": (("small", "paper"), "sizes for two CPU cores, or the paper's"),
+    "--preset": ("small", "sizes for two CPU cores, or the paper's", "small", "paper"),
     "--val-clips": (2000, "identities of a validation at most [ours]"),
     "--save-every": (100, "steps between checkpoints"),
     "--log-every": (50, "steps between lines of the log"),
@@ -517,13 +517,13 @@ RUN_SETTINGS = {
 MATCH_SETTINGS = {
     **RUN_SETTINGS,
     "--out": ("runs/match", "run folder: checkpoints, log, metrics"),
-    "--direction": (DIRECTIONS, "given a voice pick a face, or the reverse"),
+    "--direction": ("v-f", "given a voice pick a face, or the reverse", *DIRECTIONS),
     "--k": (10, "candidates of a matching task in training [paper §4]"),
     "--steps": (1200, "training steps [ours]"),
     "--batch": (32, "clips per step and process [ours]"),
     "--seconds": (1.5, "of speech in a training pair [ours]; 6 in [paper §4]"),
-    "--size": ((64, 32, 128), "side of a face [ours]; 128 in [paper §2]"),
-    "--sinc-stride": ((8, 1, 2, 4), "of the sinc layer [ours]; 1 in [PASE]"),
+    "--size": (64, "side of a face [ours]; 128 in [paper §2]", 64, 32, 128),
+    "--sinc-stride": (8, "of the sinc layer [ours]; 1 in [PASE]", 8, 1, 2, 4),
     "--speech-width": (16, "sinc filters, unit of S's widths [ours]; 64 in [PASE]"),
     "--face-width": (16, "F's first channels [ours]; 64 in [SNGAN]"),
     "--embed-scale": (3.5, "length of an embedding [ours]"),
@@ -534,7 +534,7 @@ GAN_SETTINGS = {
     **RUN_SETTINGS,
     "--match": ("runs/match/best.pt", "checkpoint of match-train"),
     "--out": ("runs/gan", "run folder: checkpoint, log, samples, metrics"),
-    "--loss": (("relid", "rel"), "relid: Eq. 5; rel: Eq. 4 [paper §3.2]"),
+    "--loss": ("relid", "relid: Eq. 5; rel: Eq. 4 [paper §3.2]", "relid", "rel"),
     "--steps": (5000, "training steps, each one of D and one of G [ours]"),
     "--batch": (8, "real faces per step and process [ours]"),
     "--width": (16, "G's last channels [ours]; 64 in [SNGAN]"),
@@ -1206,7 +1206,7 @@ def open_corpus(data, least):
         for other in corpus.values():
             for name in np.intersect1d(names, other.names):
                 raise UserError(f"{folder / name}: is in another split, too")
-        corpus[split] = Split(folder, np.array(sorted(names)))
+        corpus[split] = Split(folder, np.sort(names))
     return corpus
 
 
@@ -1240,32 +1240,29 @@ def gender_of(row):
 
 
 def list_pairs(identity):
-    """The recordings of an identity with their images: [(recording, images, timed)].
+    """The recordings of an identity with their images: [(recording, {image: moment})].
 
     A recording's images are those in its folder or, if there are none, as in VoxCeleb
-    with VGGFace, all of the identity. timed says that it is the one recording of its
-    folder, so that the images' names may tell moments.
+    with VGGFace, all of the identity. An image's name may tell its moment (s) in the
+    one recording of its folder; otherwise the moment is None.
     """
     pairs = []
-    everywhere = []  # all images; the pairs share this list while it grows
+    everywhere = {}  # all images of the identity
     for clip in sorted(glob.glob("*/", root_dir=identity)):  # no hidden ones
         files = sorted(Path(identity, clip).iterdir())
         files = [file for file in files if file.name[0] != "."]
-        images = [file for file in files if file.suffix.lower() in IMAGE_ENDINGS]
-        everywhere += images
         recordings = [file for file in files if file.suffix.lower() == ".wav"]
-        timed = bool(images) and len(recordings) == 1
-        pairs += [(file, images or everywhere, timed) for file in recordings]
-    if not everywhere:
-        raise UserError(f"{identity}: no image (jpg, png) in its clip folders")
-    if not pairs:
-        raise UserError(f"{identity}: no recording (wav) in its clip folders")
-    return pairs
-
-
-def image_time(image, timed):
-    """The moment (s) in an image's name; None if there is none, or it is not timed."""
-    return int(image.stem) / 1000 if timed and image.stem.isdecimal() else None
+        images = {}
+        for file in files:
+            if file.suffix.lower() in IMAGE_ENDINGS:
+                timed = len(recordings) == 1 and file.stem.isdecimal()
+                images[file] = int(file.stem) / 1000 if timed else None
+        everywhere |= dict.fromkeys(images)
+        pairs += [(file, images) for file in recordings]
+    if not (pairs and everywhere):
+        found = f"{len(pairs)} recordings (wav), {len(everywhere)} images (jpg, png)"
+        raise UserError(f"{identity}: {found} in its clip folders, both are needed")
+    return [(file, images or everywhere) for file, images in pairs]
 
 
 def read_audio(path):
@@ -1404,9 +1401,8 @@ class PairDataset:
 
     def load_pair(self, name, rng):
         """Speech (T,), face (H, W, 3), name: a random recording, one of its images."""
-        recording, images, timed = pick(list_pairs(self.split.folder / name), rng)
-        image = pick(images, rng)
-        moment = image_time(image, timed)
+        recording, images = pick(list_pairs(self.split.folder / name), rng)
+        image, moment = pick(list(images.items()), rng)
         face = load_face(image, self.cfg.size)
         if self.training and rng.random() < 0.5:
             face = face[:, ::-1]  # [ours]
@@ -1467,12 +1463,12 @@ def check_split(split, faults):
     times = []
     for name in split.names:
         pairs = attempt(faults, list_pairs, split.folder / name)
-        for recording, images, timed in pairs:
+        for recording, images in pairs:
             speech = attempt(faults, load_speech, recording)
             seconds.append(len(speech) / SAMPLE_RATE)
-            for image in sorted(set(images) - files):
+            for image in sorted(images.keys() - files):
                 attempt(faults, load_face, image, MIN_SIDE)
-                moment = image_time(image, timed)
+                moment = images[image]
                 if moment is not None and len(speech):
                     attempt(faults, spare_moment, recording, speech, moment)
                     times.append(moment)
@@ -1501,18 +1497,16 @@ LINK = 0.72  # correlation of voice and face: the accuracy is then near the pape
 LINKED = ("age", "tract", "build")  # and gender, which voice and face share wholly
 VOICE_FACTORS = ("gender", "voice_age", "voice_tract", "voice_build")
 FACTORS = ("gender", *LINKED, "glasses", "hair", "skin", "background", "tilt")
-IDENTITIES = 2400  # of the default corpus
 CLIP_SECONDS = 6
 CLIP_IMAGES = 6
 FORMANTS = (500, 1500, 2500, 3500)  # Hz, the resonances of an even tube of 17 cm
 SIDE = 128  # pixels of a face
-HAIR = [(36, 30, 34), (226, 180, 96)]  # from dark to fair
-SKIN = [(255, 218, 190), (134, 88, 62)]  # from light to dark
-BACKGROUND = [(126, 184, 226), (246, 176, 142)]  # from blue to peach
-INK = (34, 28, 36)
-WHITE = (255, 255, 255)
-CLOTHES = (96, 110, 160)
-LIPS = (206, 62, 72)
+HAIR = ("#241e22", "#e2b460")  # from dark to fair
+SKIN = ("#ffdabe", "#86583e")  # from light to dark
+BACKGROUND = ("#7eb8e2", "#f6b08e")  # from blue to peach
+INK = "#221c24"
+CLOTHES = "#606ea0"
+LIPS = "#ce3e48"
 
 
 def sample_voice(rng):
@@ -1578,8 +1572,10 @@ def synth_speech(voice, rng):
 
 
 def blend(first, second, t):
-    """The colour at t in 0 ... 1 between two colours."""
-    return tuple(int(a + t * (b - a)) for a, b in zip(first, second))
+    """The colour at t in 0 ... 1 between two colours, in PIL's notation."""
+    pairs = zip(ImageColor.getrgb(first), ImageColor.getrgb(second))
+    mixed = tuple(int(a + t * (b - a)) for a, b in pairs)
+    return f"rgb{mixed}"
 
 
 def face_ellipses(face, mouth):
@@ -1594,7 +1590,7 @@ def face_ellipses(face, mouth):
     skin = blend(*SKIN, face["skin"])
     shade = blend(skin, INK, 0.2)
     crease = blend(skin, INK, 0.5 * age)
-    hair = blend(blend(*HAIR, face["hair"]), WHITE, 0.5 * age**2)
+    hair = blend(blend(*HAIR, face["hair"]), "white", 0.5 * age**2)
     dark_hair = blend(hair, INK, 0.3)
     width = 0.62 - 0.28 * tract
     height = 0.46 + 0.24 * tract
@@ -1616,7 +1612,7 @@ def face_ellipses(face, mouth):
         if face["glasses"]:
             parts += [(INK, x, -0.1, rim, rim), (skin, x, -0.1, 0.145, 0.145)]
         parts += [
-            (WHITE, x, -0.1, 0.115, eye),
+            ("white", x, -0.1, 0.115, eye),
             (INK, x, -0.1, 0.075, min(0.09, eye)),  # pupil
             (dark_hair, x, -0.29, 0.13, 0.04 if male else 0.025),  # brow
         ]
@@ -1670,7 +1666,9 @@ def write_person(data, seed, i, split):
     voice = sample_voice(rng)
     face = sample_face(voice, rng)
     with wave.open(str(folder / "speech.wav"), "wb") as file:
-        file.setparams((1, 2, SAMPLE_RATE, 0, "NONE", ""))  # one channel of 2 bytes
+        file.setnchannels(1)
+        file.setsampwidth(2)  # bytes
+        file.setframerate(SAMPLE_RATE)
         file.writeframes(synth_speech(voice, rng).tobytes())
     for ms in rng.choice(1000 * CLIP_SECONDS, CLIP_IMAGES, replace=False):
         draw_face(face, rng.random()).save(folder / f"{ms}.jpg", quality=92)
@@ -1736,7 +1734,7 @@ class Run:
         self.corpus = open_corpus(cfg.data, {"train": cfg.batch, "val": 2, "test": 2})
         cfg.processes = PROCESSES
         cfg.people = len(self.corpus["train"].names)
-        self.step = 0  # steps done before
+        self.step = 0  # the last one that the checkpoint or the log has
         self.lines = []  # of the log
         self.sums = Counter()  # of the values since the last line of the log
         self.since = time.perf_counter()
@@ -1747,6 +1745,7 @@ class Run:
 
         Returns the checkpoint, {} for a new run.
         """
+        state = {}
         last = self.folder / "last.pt"
         if self.cfg.resume and last.exists():
             state = load_checkpoint(last, self.cfg.command, self.device)
@@ -1759,8 +1758,6 @@ class Run:
                     part.load_state_dict(state[key])
             self.step = state["step"]
             self.lines = state["log"]
-        else:
-            state = {}
         if RANK == 0:
             self.start_log()
         return state
@@ -1782,8 +1779,8 @@ class Run:
         """
         seed = self.cfg.seed
         pairs = PairDataset(self.corpus["train"], cfg, self.cfg.batch, seed, True)
-        steps = range(self.step, self.cfg.steps)
-        numbers = [step * PROCESSES + RANK for step in steps]
+        first = self.step * PROCESSES + RANK
+        numbers = range(first, self.cfg.steps * PROCESSES, PROCESSES)  # of batches
         batches = load_batches(pairs, numbers, self.cfg.workers, self.device)
         for number, (speech, faces, _) in zip(numbers, batches):
             rng = torch.Generator().manual_seed(seed * 2**32 + number)
@@ -1795,23 +1792,23 @@ class Run:
 
     def log(self, step, **values):
         """Every --log-every steps print the means since, and add them to log.jsonl."""
-        self.sums["steps"] += 1
         for name, value in values.items():
             self.sums[name] += value.detach()  # stays on the device
         if not self.is_due(step, self.cfg.log_every):
             return
-        steps = self.sums.pop("steps")
+        steps = step - self.step
         seconds = time.perf_counter() - self.since
         line = {"step": step}
         line |= {name: rounded(total / steps) for name, total in self.sums.items()}
         line["clips_per_s"] = rounded(steps * self.cfg.batch * PROCESSES / seconds)
-        texts = [f"{name} {value} " for name, value in line.items()]
         left = (self.cfg.steps - step) * seconds / steps
+        texts = [f"{name} {value} " for name, value in line.items()]
         print(*texts, f"{left:.0f} s left", flush=True)
         self.lines.append(json.dumps(line) + "\n")
         path = self.folder / "log.jsonl"
         with explain(f"{path}: cannot be written"), path.open("a") as file:
             file.write(self.lines[-1])
+        self.step = step
         self.sums.clear()
         self.since = time.perf_counter()
 
@@ -1876,7 +1873,7 @@ COMMANDS = {
         {
             **TEST_SETTINGS,
             "--match": GAN_SETTINGS["--match"],
-            "--split": (("test", "val", "train"), "part of the corpus"),
+            "--split": ("test", "part of the corpus", "test", "val", "train"),
             "--out": ("runs/match-test", "folder for metrics.json"),
         },
     ),
@@ -1909,7 +1906,7 @@ COMMANDS = {
         {
             "folder": (None, "where to write the corpus"),
             "--seed": SEED,
-            "--identities": (IDENTITIES, "people; 0.06 of them validate, 0.14 test"),
+            "--identities": (2400, "people; 0.06 of them validate, 0.14 test"),
         },
     ),
     "check-data": (
@@ -1930,50 +1927,42 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def reader(default):
-    """A function that reads a value of the default's type off the command line.
-
-    It refuses NaN, negative numbers, and 0 where the default is a count.
-    """
-
-    def number(text):
-        value = type(default)(text)
-        least = int(type(default) is int and default > 0)
-        if not least <= value < 2**32:
-            raise argparse.ArgumentTypeError(f"{text}: allowed are {least} to 2^32 - 1")
-        return value
-
-    number.__name__ = type(default).__name__  # argparse names it in its errors
-    return str if isinstance(default, str) else number
-
-
-def add_setting(parser, flag, default, meaning):
+def add_setting(parser, flag, default, meaning, *choices):
     """Add a setting to a parser: as a flag, or by position if it has no default."""
     if default is None:
         parser.add_argument(flag, nargs="+" if flag == "speech" else None, help=meaning)
     elif default is False:
         parser.add_argument(flag, action="store_true", help=meaning)
     else:
-        choices = default if isinstance(default, tuple) else None
-        first = choices[0] if choices else default
-        text = f"{meaning} (default: {first})"
-        kind = reader(first)
-        parser.add_argument(flag, type=kind, choices=choices, default=first, help=text)
+        kind = type(default)
+        text = f"{meaning} (default: {default})"
+        parser.add_argument(
+            flag, type=kind, choices=choices or None, default=default, help=text
+        )
 
 
 def parse(argv=None):
-    """The settings of a command line; the preset's where no flag is given."""
+    """The settings of a command line; the preset's where no flag is given.
+
+    Raises UserError for NaN, a negative number, or a count of 0.
+    """
     parser = Parser()
     commands = parser.add_subparsers(dest="command", required=True)
     for command, (function, settings) in COMMANDS.items():
         summary = function.__doc__
         subparser = commands.add_parser(command, help=summary, description=summary)
-        for flag, (default, meaning) in settings.items():
-            add_setting(subparser, flag, default, meaning)
+        for flag, setting in settings.items():
+            add_setting(subparser, flag, *setting)
     cfg = parser.parse_args(argv)
     if getattr(cfg, "preset", "") == "paper":
         commands.choices[cfg.command].set_defaults(**PAPER_PRESET[cfg.command])
         cfg = parser.parse_args(argv)
+    for name, value in vars(cfg).items():
+        is_count = type(value) is int and name not in ("seed", "workers")
+        least = 1 if is_count else 0
+        if type(value) in (int, float) and not least <= value < 2**32:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} {value}: allowed are {least} to 2^32 - 1")
     return cfg
 
 
