@@ -1272,10 +1272,12 @@ def read_audio(path):
         if header.getsampwidth() != 2:
             raise wave.Error("not 16-bit")
         frame = np.dtype(("<i2", (header.getnchannels(),)))
-        raw = file.read()  # all that follows: the header's length may be wrong
+        # The header's size may be 0 or wrong, so all that follows it are samples,
+        # unless another chunk or tag begins where the header's size ends.
+        raw = file.read()
         size = header.getnframes() * frame.itemsize
         if size and re.match(rb"[\w ]{4}|ID3|TAG", raw[size : size + 4]):
-            raw = raw[:size]  # another chunk follows
+            raw = raw[:size]
         x = np.frombuffer(raw, frame, len(raw) // frame.itemsize)  # (T, channels)
         x = torch.from_numpy(x.mean(1, dtype=np.float32) / 32768)  # (T,)
         # At odd rates the resampler's filters would cost GB.
@@ -1295,10 +1297,10 @@ def spare_moment(path, x, moment):
         if moment > len(x) / SAMPLE_RATE:
             raise UserError(f"{path}: ends before its image's time of {moment} s")
         before = max(0, math.floor((moment - TIME_GUARD) * SAMPLE_RATE))
-        after = math.ceil((moment + TIME_GUARD) * SAMPLE_RATE) + 1
+        after = math.ceil((moment + TIME_GUARD) * SAMPLE_RATE) + 1  # farther by one
         parts = [x[:before], x[after:]]
     if max(map(len, parts)) < MIN_SPEECH * SAMPLE_RATE:
-        raise UserError(f"{path}: under {MIN_SPEECH} s of speech away from its image")
+        raise UserError(f"{path}: under {MIN_SPEECH} s of speech beside its image")
     return parts
 
 
@@ -1326,14 +1328,14 @@ def load_speech(path, seconds=None, rng=None, moment=None):
     if seconds:
         length = round(seconds * SAMPLE_RATE)
         x = sample_window(parts, length, rng)
-    slices = x[: len(x) // 50 * 50].reshape(50, -1)  # (50, T / 50)
+    slices = x[: len(x) // 50 * 50].reshape(50, -1)  # of equal length, (50, T / 50)
     if np.mean(slices.std(1) > SILENCE) < MIN_SOUND:
         raise UserError(f"{path}: silent")
-    return np.resize(x, length) if seconds else x  # repeats
+    return np.resize(x, length) if seconds else x  # repeats x up to this length
 
 
 def load_face(path, size):
-    """A face as uint8 (size, size, 3): upright, RGB, its central square.
+    """A face as uint8 (size, size, 3): upright, RGB, its central square [ours].
 
     Raises UserError where it is too small or of one colour.
     """
@@ -1548,7 +1550,7 @@ def synth_speech(voice, rng):
     t = np.arange(CLIP_SECONDS * SAMPLE_RATE) / SAMPLE_RATE  # (samples,), s
     count = int(2 * CLIP_SECONDS * voice["tempo"])  # syllables, more than fit
     starts = np.cumsum(rng.uniform(0.7, 1.3, count)) / voice["tempo"]  # s
-    position = np.interp(t, starts, np.arange(count))  # 1.5 is the middle of syllable 1
+    position = np.interp(t, starts, np.arange(count))  # 1.5: syllable 1 is half over
     syllable = position.astype(int)
     melody = np.interp(t, starts, rng.normal(size=count))
     stress = rng.uniform(0.5, 1, count) * (rng.random(count) > 1 / 7)
