@@ -1770,7 +1770,7 @@ class Run:
         taken = log.exists() or any(self.folder.glob("*.pt"))
         if taken and not self.cfg.resume:
             raise UserError(f"{self.folder}: holds a run; name another, or --resume")
-        with log.open("w" if self.cfg.resume else "x") as file:
+        with log.open("w" if taken else "x") as file:
             file.writelines(self.lines)
 
     def batches(self, cfg):
