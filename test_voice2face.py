@@ -129,7 +129,7 @@ def plain_corpus(root, people=12):
 
 def pairs_of(root, training, batch=1, seed=0, cfg=CFG):
     names = np.array(sorted(os.listdir(root)))
-    return v.PairDataset(v.Split(root, names), cfg, batch, seed, training)
+    return v.PairDataset(v.Split(root, names, {}), cfg, batch, seed, training)
 
 
 @pytest.fixture(scope="session")
@@ -711,7 +711,7 @@ def test_a_judge_scores_what_each_generator_made_of_its_own_c(plain):
 
     split = v.open_corpus(plain, {"val": 2})["val"]
     models = [network(n) for n in (1.0, 2.0, 3.0)]
-    c, faces, _ = v.embed_split(*models, split, 0, SimpleNamespace(workers=0), None)
+    c, faces, _ = v.embed_split(*models, split, 0, workers=0)
     assert c.unique().tolist() == [2]
     assert faces["generated"].unique().tolist() == [21]
     assert faces["other"].unique().tolist() == [23]
@@ -750,7 +750,8 @@ def test_control_scores_of_a_generator_that_shows_planted_factors(monkeypatch):
     batch = (voices, picture(v.factor_values(people, v.FACTORS)), range(400))
     monkeypatch.setattr(v, "sample_people", lambda *args: batch)
     model = SimpleNamespace(generator=generator, device=CPU)
-    scores = v.control_scores(model, None, None, people)
+    split = v.Split("", range(400), people)
+    scores = v.control_scores(model, split, split)
     assert scores["gender"]["right"] == 100
     for e, name in enumerate(v.FACTORS):
         heard = 100 if e < 4 else 0
@@ -1020,7 +1021,8 @@ def test_labels_are_read_as_spreadsheets_write_them(tmp_path):
 
 @pytest.mark.parametrize("link", ["1", ""])
 def test_people_with_a_faulty_link_are_not_synthetic(link):
-    assert not v.has_factors([{**simulate(1)[0], "link": link}], [0])
+    labels = [{**simulate(1)[0], "link": link}]
+    assert not v.has_factors(v.Split("", [0], labels))
 
 
 def test_a_batch_depends_on_seed_and_number_alone(corpus):

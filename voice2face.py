@@ -698,40 +698,41 @@ GALLERY = 5000  # faces among which one is searched, at most [paper §4]
 
 
 @torch.no_grad()
-def embed_split(model, judge, other, split, seed, cfg, labels):
+def embed_split(model, judge, other, split, seed, workers):
     """One pair of each identity, as the judge's S and F see it.
 
     Returns c (N, D); faces {kind: (N, D)}, as F has them before they get one length;
-    the names of the N identities. Kinds: real, generated, other (by another generator)
-    and ideal faces.
+    the N identities' rows of labels.csv. Kinds: real, generated, other (by another
+    generator) and ideal faces.
     """
     judge = judge or model
+    synthetic = has_factors(split)
     rng = torch.Generator().manual_seed(seed)
     ideal_rng = np.random.default_rng(seed)
     pairs = PairDataset(split, model.cfg, TEST_BATCH, seed)
     numbers = range(math.ceil(len(split.names) / TEST_BATCH))
     c = []
     faces = defaultdict(list)
-    names = []
-    for speech, real, batch in load_batches(pairs, numbers, cfg.workers, model.device):
-        z = torch.randn(len(batch), EMBED_DIM, generator=rng).to(model.device)  # (B, D)
+    people = []
+    for speech, real, names in load_batches(pairs, numbers, workers, model.device):
+        rows = [split.labels.get(name, {}) for name in names]
+        z = torch.randn(len(rows), EMBED_DIM, generator=rng).to(model.device)  # (B, D)
         images = {}
         if model.generator:
             images["generated"] = model.generator(z, model.speech_encoder(speech))
         images["real"] = real
         if other:
             images["other"] = other.generator(z, other.speech_encoder(speech))
-        if model.generator and labels:
-            people = [labels[name] for name in batch]
-            images["ideal"] = ideal_faces(people, model.cfg.size, ideal_rng)
+        if model.generator and synthetic:
+            images["ideal"] = ideal_faces(rows, model.cfg.size, ideal_rng)
         c.append(judge.speech_encoder(speech).cpu())
         for kind, image in images.items():
             faces[kind].append(judge.face_encoder.embed(image.to(model.device)).cpu())
-        names += batch
-    if len(names) < 2:
+        people += rows
+    if len(people) < 2:
         raise UserError(f"{split.folder}: too few people can be read (run check-data)")
     faces = {kind: torch.cat(rows) for kind, rows in faces.items()}
-    return torch.cat(c), faces, names
+    return torch.cat(c), faces, people
 
 
 def k_way(speech, faces, genders, seed):
@@ -850,23 +851,21 @@ def oracle_scores(people, genders, seed):
     return k_way(voices, faces, genders, seed)
 
 
-def evaluate(model, split, cfg, runs, labels, judge=None, other=None):
+def evaluate(model, split, cfg, runs, judge=None, other=None):
     """Test a split: metrics, and the same as a table, {score: {kind: text}}.
 
     Metrics are the split's name and size and {key: mean over runs, key/std: std}. The
     scores of generated faces, or of real ones where there is no generator, have bare
     keys; other kinds' keys begin with the kind.
     """
-    known = labels if has_factors(labels, split.names) else None
     bare = "generated" if model.generator else "real"
     collected = defaultdict(list)
     for run in range(runs):
         seed = cfg.seed + 1000 * (run + 1)
-        c, faces, names = embed_split(model, judge, other, split, seed, cfg, known)
-        people = [labels.get(name, {}) for name in names]
+        c, faces, people = embed_split(model, judge, other, split, seed, cfg.workers)
         genders = np.array([gender_of(row) for row in people])
         tests = {kind: score_faces(c, faces, kind, genders, seed) for kind in faces}
-        if known:
+        if has_factors(split):
             tests["oracle"] = oracle_scores(people, genders, seed)
         for kind, scores in tests.items():
             for name, score in scores.items():
@@ -874,8 +873,8 @@ def evaluate(model, split, cfg, runs, labels, judge=None, other=None):
     metrics = {
         "data": str(split.folder.parent),
         "split": split.folder.name,
-        "people": len(names),
-        "left_out": len(split.names) - len(names),
+        "people": len(people),
+        "left_out": len(split.names) - len(people),
         "runs": runs,
     }
     table = defaultdict(dict)
@@ -896,10 +895,10 @@ def rounded(x):
 
 
 def validate(model, run, step, runs):
-    """Test at most --val-clips people of the validation split; print main scores."""
+    """Test at most --val-clips people, without labels; print and return the scores."""
     split = subsample(run.corpus["val"], max(2, run.cfg.val_clips))
     model.eval()
-    metrics, _ = evaluate(model, split, run.cfg, runs, labels={})
+    metrics, _ = evaluate(model, split._replace(labels={}), run.cfg, runs)
     shown = ("preferred", "v-f/2", "v-f/10", "f-v/2", "f-v/10")
     texts = [f"{key} {metrics[key]} % " for key in shown if key in metrics]
     print(f"step {step} val ", *texts, flush=True)
@@ -949,17 +948,17 @@ def sample_z(count, seed, device):
 
 
 @torch.no_grad()
-def control_scores(model, train, test, labels, noises=16):
+def control_scores(model, train, test, noises=16):
     """QLA 1 to 3, by eye in the paper: what c and z control, as a probe reads faces.
 
     Returns {factor: {column: score}}; the columns are named below, of generated faces
     unless they say otherwise.
     """
     _, faces, names = sample_people(train, model, 1000)
-    known = factor_values([labels[name] for name in names], FACTORS)  # (P, E)
+    known = factor_values([train.labels[name] for name in names], FACTORS)  # (P, E)
     probe = fit_probe(faces, known - known.mean(0))  # (M, E)
     c, faces, names = sample_people(test, model, 400)
-    people = [labels[name] for name in names]
+    people = [test.labels[name] for name in names]
     truth = factor_values(people, FACTORS)  # (V, E)
     voice = factor_values(people, VOICE_FACTORS)  # (V, 4), in the order of FACTORS[:4]
     real = pixels(faces) @ probe  # (V, E)
@@ -1069,8 +1068,7 @@ def plot_figures(model, split, folder, seed=0):
     for name, columns in figures.items():
         rows = torch.stack([real, *columns], dim=1)  # (R, n, 3, H, W)
         plot_grid(folder / f"{name}.png", names[:6], rows)
-    labels = read_labels(split.folder.parent)
-    genders = np.array([gender_of(labels.get(name, {})) for name in names])
+    genders = np.array([gender_of(split.labels.get(name, {})) for name in names])
     couples = cosine_distances(c.cpu(), fe.cpu(), genders, seed)
     plot_scatter(folder / "fig5.png", couples)
 
@@ -1086,8 +1084,7 @@ def make_table(rows):
 
 def report(model, split, cfg, judge=None, other=None, control=None):
     """Test; write OUT/metrics.json; print and return the scores as tables."""
-    labels = read_labels(split.folder.parent)
-    metrics, table = evaluate(model, split, cfg, cfg.runs, labels, judge, other)
+    metrics, table = evaluate(model, split, cfg, cfg.runs, judge, other)
     for name in table.keys() & PAPER_RESULTS:
         table[name]["paper"] = PAPER_RESULTS[name]
     head = "{data}/{split}: {people} people, {left_out} left out; {runs} runs, ± std"
@@ -1120,12 +1117,11 @@ def gan_test(args):
         if checkpoint and checkpoint.cfg.size != model.cfg.size:
             raise UserError("--judge, --other: must have the --size of --gan")
     split = open_corpus(args.data, {"test": 2})["test"]
-    labels = read_labels(args.data)
     control = None
-    if has_factors(labels, split.names):
+    if has_factors(split):
         train = open_corpus(args.data, {"train": 2, "test": 2})["train"]
-        if has_factors(labels, train.names):
-            control = control_scores(model, train, split, labels)
+        if has_factors(train):
+            control = control_scores(model, train, split)
     page = f"# {args.gan}\n\n" + report(model, split, args, judge, other, control)
     plot_figures(model, split, Path(args.out), args.seed)
     for number in range(2, 7):
@@ -1175,13 +1171,13 @@ LOADER_TIMEOUT = 120  # s without a batch: a loader process is dead [ours]
 GENDERS = {"m": "male", "male": "male", "1": "male"}
 GENDERS |= {"f": "female", "female": "female", "w": "female", "0": "female"}
 
-# A part of a corpus: its folder and the names (P,) of its identities.
-Split = namedtuple("Split", "folder names")
+# A part of a corpus: its folder, the names (P,) of its identities, the corpus's labels.
+Split = namedtuple("Split", "folder names labels")
 
 
 def open_corpus(data, least):
     """The splits of a corpus, {name: Split}; least is {name: identities it needs}."""
-    read_labels(data)  # a fault in it shall not wait for the end of a training
+    labels = read_labels(data)
     corpus = {}
     for split, count in least.items():
         folder = Path(data, split)
@@ -1193,7 +1189,7 @@ def open_corpus(data, least):
         for other in corpus.values():
             for name in np.intersect1d(names, other.names):
                 raise UserError(f"{folder / name}: is in another split, too")
-        corpus[split] = Split(folder, np.array(sorted(names)))
+        corpus[split] = Split(folder, np.array(sorted(names)), labels)
     return corpus
 
 
@@ -1201,7 +1197,7 @@ def subsample(split, count):
     """At most `count` identities of a split, evenly spread, always the same."""
     count = min(count, len(split.names))
     rows = np.linspace(0, len(split.names) - 1, count, dtype=int)
-    return Split(split.folder, split.names[rows])
+    return split._replace(names=split.names[rows])
 
 
 def read_labels(data):
@@ -1634,10 +1630,10 @@ def ideal_faces(people, size, rng):
     return to_faces(torch.from_numpy(np.array(images)))
 
 
-def has_factors(labels, names):
-    """Whether labels.csv tells all factors of these people: they are synthetic."""
+def has_factors(split):
+    """Whether labels.csv tells all factors of a split's people: they are synthetic."""
     try:
-        people = [labels[name] for name in names]
+        people = [split.labels[name] for name in split.names]
         values = factor_values(people, [*FACTORS, *VOICE_FACTORS, "link"])
     except (KeyError, ValueError):
         return False
