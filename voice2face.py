@@ -852,7 +852,7 @@ def oracle_scores(people, genders, seed):
 
 
 def evaluate(model, split, cfg, runs, judge=None, other=None):
-    """Test a split: metrics, and the same as a table, {score: {kind: text}}.
+    """Test a split: metrics, and the same as a table, {kind: {score: text}}.
 
     Metrics are the split's name and size and {key: mean over runs, key/std: std}. The
     scores of generated faces, or of real ones where there is no generator, have bare
@@ -869,7 +869,7 @@ def evaluate(model, split, cfg, runs, judge=None, other=None):
             tests["oracle"] = oracle_scores(people, genders, seed)
         for kind, scores in tests.items():
             for name, score in scores.items():
-                collected[name, kind].append(score)
+                collected[kind, name].append(score)
     metrics = {
         "data": str(split.folder.parent),
         "split": split.folder.name,
@@ -878,14 +878,14 @@ def evaluate(model, split, cfg, runs, judge=None, other=None):
         "runs": runs,
     }
     table = defaultdict(dict)
-    for (name, kind), scores in collected.items():
+    for (kind, name), scores in collected.items():
         key = name if kind == bare else f"{kind}/{name}"
         metrics[key] = rounded(np.mean(scores))
-        table[name][kind] = f"{np.mean(scores):.2f}"
+        table[kind][name] = f"{np.mean(scores):.2f}"
         if runs > 1:
             std = np.std(scores, ddof=1)
             metrics[f"{key}/std"] = rounded(std)
-            table[name][kind] += f" ± {std:.2f}"
+            table[kind][name] += f" ± {std:.2f}"
     return metrics, table
 
 
@@ -951,7 +951,7 @@ def sample_z(count, seed, device):
 def control_scores(model, train, test, noises=16):
     """QLA 1 to 3, by eye in the paper: what c and z control, as a probe reads faces.
 
-    Returns {factor: {column: score}}; the columns are named below, of generated faces
+    Returns {column: {factor: score}}; the columns are named below, of generated faces
     unless they say otherwise.
     """
     _, faces, names = sample_people(train, model, 1000)
@@ -959,7 +959,6 @@ def control_scores(model, train, test, noises=16):
     probe = fit_probe(faces, known - known.mean(0))  # (M, E)
     c, faces, names = sample_people(test, model, 400)
     people = [test.labels[name] for name in names]
-    truth = factor_values(people, FACTORS)  # (V, E)
     voice = factor_values(people, VOICE_FACTORS)  # (V, 4), in the order of FACTORS[:4]
     real = pixels(faces) @ probe  # (V, E)
     z = sample_z(noises, 0, model.device)  # (Z, D)
@@ -979,13 +978,10 @@ def control_scores(model, train, test, noises=16):
         "voice": r,  # correlation with the voice's factor
         "spread": 100 * (1 - r**2),  # percent of the variance left given the voice
         "spread/real": 100 * (1 - r_real**2),  # the same of real faces
-        "probe": pearson(real, truth),  # correlation with the truth, of real faces
-        "right": [percent((read[:, :, 0] > 0) == (voice[:, :1] > 0))],  # in gender
     }
-    scores = defaultdict(dict)
+    scores = {}
     for column, values in columns.items():
-        for factor, value in zip(FACTORS, values):
-            scores[factor][column] = rounded(value)
+        scores[column] = dict(zip(FACTORS, map(rounded, values)))
     return scores
 
 
@@ -1073,26 +1069,24 @@ def plot_figures(model, split, folder, seed=0):
     plot_scatter(folder / "fig5.png", couples)
 
 
-def make_table(rows):
-    """A Markdown table of {row: {column: cell}}; cells may be missing."""
-    columns = list(dict.fromkeys(itertools.chain(*rows.values())))
+def make_table(columns):
+    """A Markdown table of {column: {row: cell}}; its rows are the first column's."""
     lines = [["", *columns], ["---"] * (len(columns) + 1)]
-    for row, cells in rows.items():
-        lines.append([row, *[str(cells.get(column, "")) for column in columns]])
+    for row in next(iter(columns.values())):
+        lines.append([row, *[str(cells.get(row, "")) for cells in columns.values()]])
     return "".join("| " + " | ".join(line) + " |\n" for line in lines) + "\n"
 
 
 def report(model, split, cfg, judge=None, other=None, control=None):
     """Test; write OUT/metrics.json; print and return the scores as tables."""
     metrics, table = evaluate(model, split, cfg, cfg.runs, judge, other)
-    for name in table.keys() & PAPER_RESULTS:
-        table[name]["paper"] = PAPER_RESULTS[name]
+    table["paper"] = PAPER_RESULTS
     head = "{data}/{split}: {people} people, {left_out} left out; {runs} runs, ± std"
     text = head.format(**metrics) + "\n\n" + make_table(table)
     if control:
         text += make_table(control)
-        for factor, cells in control.items():
-            for column, value in cells.items():
+        for column, cells in control.items():
+            for factor, value in cells.items():
                 metrics[f"control/{factor}/{column}"] = value
     path = make_folder(cfg.out) / "metrics.json"
     path.write_text(json.dumps(metrics, indent=1) + "\n")
