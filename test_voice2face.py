@@ -749,7 +749,8 @@ def test_control_scores_of_a_generator_that_shows_planted_factors(monkeypatch):
     voices = F.pad(v.factor_values(people, v.VOICE_FACTORS), (0, 124))
     batch = (voices, picture(v.factor_values(people, v.FACTORS)), range(400))
     monkeypatch.setattr(v, "sample_people", lambda *args: batch)
-    model = SimpleNamespace(generator=generator, device=CPU)
+    encoder = torch.nn.Identity()
+    model = SimpleNamespace(speech_encoder=encoder, generator=generator, device=CPU)
     split = v.Split("", range(400), people)
     scores = v.control_scores(model, split, split)
     for e, name in enumerate(v.FACTORS):

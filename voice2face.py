@@ -729,8 +729,6 @@ def embed_split(model, judge, other, split, seed, workers):
         for kind, image in images.items():
             faces[kind].append(judge.face_encoder.embed(image.to(model.device)).cpu())
         people += rows
-    if len(people) < 2:
-        raise UserError(f"{split.folder}: too few people can be read (run check-data)")
     faces = {kind: torch.cat(rows) for kind, rows in faces.items()}
     return torch.cat(c), faces, people
 
@@ -931,14 +929,9 @@ def variance_shares(read):
 
 
 def sample_people(split, model, count, seed=0):
-    """A pair each of at most `count` people: c (N, D), faces (N, 3, H, W), names."""
+    """A pair each of at most `count` people: speech (N, T), faces (N, 3, H, W), names."""
     pairs = PairDataset(subsample(split, count), model.cfg, count, seed)
-    batch = next(load_batches(pairs, [0], 0, model.device), None)
-    if batch is None:
-        raise UserError(f"{split.folder}: nobody can be read (run check-data)")
-    speech, faces, names = batch
-    c = [model.speech_encoder(x) for x in speech.split(TEST_BATCH)]  # (B, D) each
-    return torch.cat(c), faces, names
+    return next(load_batches(pairs, [0], 0, model.device))
 
 
 def sample_z(count, seed, device):
@@ -957,14 +950,15 @@ def control_scores(model, train, test, noises=16):
     _, faces, names = sample_people(train, model, 1000)
     known = factor_values([train.labels[name] for name in names], FACTORS)  # (P, E)
     probe = fit_probe(faces, known - known.mean(0))  # (M, E)
-    c, faces, names = sample_people(test, model, 400)
+    speech, faces, names = sample_people(test, model, 400)
     people = [test.labels[name] for name in names]
     voice = factor_values(people, VOICE_FACTORS)  # (V, 4), in the order of FACTORS[:4]
     real = pixels(faces) @ probe  # (V, E)
     z = sample_z(noises, 0, model.device)  # (Z, D)
     read = []
-    for row in c:  # (D,)
-        generated = model.generator(z, row.expand_as(z))  # (Z, 3, H, W)
+    for row in speech:  # (T,)
+        c = model.speech_encoder(row[None])  # (1, D)
+        generated = model.generator(z, c.expand_as(z))  # (Z, 3, H, W)
         read.append(pixels(generated) @ probe)  # (Z, E)
     read = torch.stack(read)  # (V, Z, E)
 
@@ -1041,7 +1035,9 @@ def plot_figures(model, split, folder, seed=0):
     A row starts with the speaker's own face. Then Fig. 2 changes z, Fig. 3 goes to the
     next speaker's c, Fig. 4 to the next z; Fig. 6 has the real faces that are nearest.
     """
-    c, faces, names = sample_people(split, model, 200, seed)
+    speech, faces, names = sample_people(split, model, 200, seed)
+    c = [model.speech_encoder(rows) for rows in speech.split(TEST_BATCH)]
+    c = torch.cat(c)  # (N, D)
     z = sample_z(len(c), seed, model.device)  # (N, D)
     generated = model.generator(z, c)  # (N, 3, H, W)
     fe = model.face_encoder(generated)  # (N, D)
@@ -1394,8 +1390,11 @@ class PairDataset:
 def load_batches(pairs, numbers, workers, device):
     """Yield speech (B, T), faces (B, 3, H, W) and names of batches by number.
 
-    Raises UserError where a training batch cannot be filled.
+    Raises UserError where a training batch cannot be filled, and at the end of a test
+    of fewer than two people.
     """
+    folder = pairs.split.folder
+    count = 0
     loader = torch.utils.data.DataLoader(
         pairs,
         batch_size=None,
@@ -1405,10 +1404,12 @@ def load_batches(pairs, numbers, workers, device):
     )
     for speech, faces, names in loader:
         if pairs.training and len(names) < pairs.batch:
-            folder = pairs.split.folder
             raise UserError(f"{folder}: too many unreadable files (run check-data)")
+        count += len(names)
         if names:
             yield speech.to(device), to_faces(faces.to(device)), names
+    if count < 2:
+        raise UserError(f"{folder}: too few people can be read (run check-data)")
 
 
 def check_data(args):
