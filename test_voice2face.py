@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch==2.11.0", "torchaudio==2.11.0", "numpy", "pillow>=10.1", "pytest"]
+# dependencies = ["torch==2.11.0", "torchaudio==2.11.0", "numpy", "pillow>=10.4", "pytest"]
 # ///
 """Tests of voice2face.py: parts against independent computations, then each command.
 

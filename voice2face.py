@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch==2.11.0", "torchaudio==2.11.0", "numpy", "pillow>=10.1"]
+# dependencies = ["torch==2.11.0", "torchaudio==2.11.0", "numpy", "pillow>=10.4"]
 # ///
 """voice2face: learn which face belongs to a voice, without a label, and generate faces.
 
@@ -997,15 +997,14 @@ def to_image(face):
     return Image.fromarray(values.permute(1, 2, 0).numpy())  # (H, W, 3)
 
 
-def plot_grid(path, titles, faces):
-    """Save faces (R, n, 3, H, W) as R rows, each of 152 pixels, 24 for its title."""
-    faces = F.interpolate(faces.flatten(0, 1), 128)  # (R n, 3, 128, 128)
-    faces = F.pad(faces, (2, 2, 24, 0), value=1.0)  # white, (R n, 3, 152, 132)
-    grid = faces.unflatten(0, (len(titles), -1)).permute(2, 0, 3, 1, 4)
-    sheet = to_image(grid.flatten(3).flatten(1, 2))  # (3, R, H, n, W) -> (3, R H, n W)
+def plot_grid(path, titles, rows):
+    """Save R rows of faces (n, 3, H, W), each of 152 pixels, 24 for its title."""
+    sheet = Image.new("RGB", (132 * len(rows[0]), 152 * len(rows)), "white")
     draw = ImageDraw.Draw(sheet)
-    for i, title in enumerate(titles):
-        draw.text((4, 152 * i + 4), title, "black", font_size=14)
+    for i, row in enumerate(rows):
+        draw.text((4, 152 * i + 4), titles[i], "black", font_size=14)
+        for k, face in enumerate(F.interpolate(row, 128)):  # (3, 128, 128)
+            sheet.paste(to_image(face), (132 * k + 2, 152 * i + 24))
     make_folder(path.parent)
     sheet.save(path)
 
@@ -1024,7 +1023,7 @@ def plot_scatter(path, couples):
     draw.text((160, 8), "gender: different blue, same orange, unknown gray", "black")
     for gender, (x, y) in couples.items():
         for a, b in zip(50 + 200 * x, 450 - 200 * y):
-            draw.ellipse((a - 2, b - 2, a + 2, b + 2), colors[gender])
+            draw.circle((a, b), 2, colors[gender])
     sheet.save(path)
 
 
@@ -1142,7 +1141,7 @@ def generate(args):
             name = f"{i + 1:04}_{Path(path).stem}_z{k}.png"
             to_image(face).save(make_folder(args.out) / name)
     if as_grid:
-        plot_grid(Path(args.out), args.speech, torch.stack(rows))
+        plot_grid(Path(args.out), args.speech, rows)
     print(f"{args.out}: {args.n} faces for each of {len(args.speech)} recordings")
 
 
