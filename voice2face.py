@@ -117,6 +117,11 @@ def explain(problem):
         raise UserError(f"{problem}: {type(error).__name__} {reason}") from error
 
 
+def make_rng(seed):
+    """A random generator on the CPU: its numbers are the same for every device."""
+    return torch.Generator().manual_seed(seed)
+
+
 # ==== 1. Inference: two encoders and the K-way loss [paper §3.1] ======================
 
 # PASE's layers after its first: kernel, stride, channels / width.
@@ -416,6 +421,11 @@ class Generator(nn.Module):
         return torch.tanh(x)
 
 
+def sample_z(n, rng, device):
+    """Noise z (n, D)."""
+    return torch.randn(n, EMBED_DIM, generator=rng).to(device)
+
+
 class Discriminator(nn.Module):
     """faces (B, 3, H, W) -> weight * phi (B, D) and psi (B,), the parts of Eq. 2.
 
@@ -651,7 +661,7 @@ def gan_train(cfg):
     d_net = distribute(discriminator)
 
     for step, rng, speech, real in run.batches(model.cfg):
-        z = torch.randn(len(real), EMBED_DIM, generator=rng).to(run.device)  # (B, D)
+        z = sample_z(len(real), rng, run.device)  # (B, D)
         with torch.no_grad():  # S is frozen [ours]
             c_pos = model.speech_encoder(speech)  # c+: (B, T) -> (B, D)
         c_neg = c_pos.roll(1, 0)  # c-: the batch is in random order, identities differ
@@ -707,7 +717,7 @@ def embed_split(model, judge, other, split, seed, workers):
     """
     judge = judge or model
     synthetic = has_factors(split)
-    rng = torch.Generator().manual_seed(seed)
+    rng = make_rng(seed)
     ideal_rng = np.random.default_rng(seed)
     pairs = PairDataset(split, model.cfg, TEST_BATCH, seed)
     numbers = range(math.ceil(len(split.names) / TEST_BATCH))
@@ -716,7 +726,7 @@ def embed_split(model, judge, other, split, seed, workers):
     people = []
     for speech, real, names in load_batches(pairs, numbers, workers, model.device):
         rows = [split.labels.get(name, {}) for name in names]
-        z = torch.randn(len(rows), EMBED_DIM, generator=rng).to(model.device)  # (B, D)
+        z = sample_z(len(rows), rng, model.device)  # (B, D)
         images = {}
         if model.generator:
             images["generated"] = model.generator(z, model.speech_encoder(speech))
@@ -739,7 +749,7 @@ def k_way(speech, faces, genders, seed):
     With /gender the negatives have the positive's gender [ours]. Without K people of
     each gender there is no such score.
     """
-    rng = torch.Generator().manual_seed(seed)
+    rng = make_rng(seed)
     alike = [np.flatnonzero(genders == gender) for gender in ("female", "male")]
     tests = {"": [np.arange(len(genders))], "/gender": alike}
     scores = {}
@@ -769,7 +779,7 @@ def preferred(speech, first, second):
 
 def cosine_distances(c, faces, genders, seed):
     """QTA 1 of random couples: {"all": (CD(c1, c2), CD(fe1, fe2)), ...}, (n,) each."""
-    rng = torch.Generator().manual_seed(seed)
+    rng = make_rng(seed)
     other = sample_candidates(len(c), 2, rng)[:, 1]  # (N,)
     cd_c = 1 - F.cosine_similarity(c, c[other])  # (N, D) -> (N,)
     cd_faces = 1 - F.cosine_similarity(faces, faces[other])  # (N, D) -> (N,)
@@ -797,7 +807,7 @@ def recall(name, distances):
 
 def table_3(queries, gallery, seed):
     """QTA 3, Table 3: recall by three distances in a random gallery; (N, D) each."""
-    rng = torch.Generator().manual_seed(seed)
+    rng = make_rng(seed)
     rows = torch.randperm(len(gallery), generator=rng)[:GALLERY]
     queries = queries[rows]  # (R, D)
     gallery = gallery[rows]  # (R, D)
@@ -934,12 +944,6 @@ def sample_people(split, model, count, seed=0):
     return next(load_batches(pairs, [0], 0, model.device))
 
 
-def sample_z(count, seed, device):
-    """Noise z (n, D), the same on every device."""
-    rng = torch.Generator().manual_seed(seed)
-    return torch.randn(count, EMBED_DIM, generator=rng).to(device)
-
-
 @torch.no_grad()
 def control_scores(model, train, test, noises=16):
     """QLA 1 to 3, by eye in the paper: what c and z control, as a probe reads faces.
@@ -954,7 +958,7 @@ def control_scores(model, train, test, noises=16):
     people = [test.labels[name] for name in names]
     voice = factor_values(people, VOICE_FACTORS)  # (V, 4), in the order of FACTORS[:4]
     real = pixels(faces) @ probe  # (V, E)
-    z = sample_z(noises, 0, model.device)  # (Z, D)
+    z = sample_z(noises, make_rng(0), model.device)  # (Z, D)
     read = []
     for row in speech:  # (T,)
         c = model.speech_encoder(row[None])  # (1, D)
@@ -1037,7 +1041,7 @@ def plot_figures(model, split, folder, seed=0):
     speech, faces, names = sample_people(split, model, 200, seed)
     c = [model.speech_encoder(rows) for rows in speech.split(TEST_BATCH)]
     c = torch.cat(c)  # (N, D)
-    z = sample_z(len(c), seed, model.device)  # (N, D)
+    z = sample_z(len(c), make_rng(seed), model.device)  # (N, D)
     generated = model.generator(z, c)  # (N, 3, H, W)
     fe = model.face_encoder(generated)  # (N, D)
     similarity = fe[:6] @ model.face_encoder(faces).T  # (R, N); R = 6 people are shown
@@ -1132,7 +1136,7 @@ def generate(args):
         speech = load_speech(path, SPEECH_SECONDS, rng)  # (T,)
         c = model.speech_encoder(torch.from_numpy(speech)[None].to(device))  # (1, D)
         seed = args.seed if as_grid else args.seed + i  # in a grid one z a column
-        z = sample_z(args.n, seed, device)  # (n, D)
+        z = sample_z(args.n, make_rng(seed), device)  # (n, D)
         faces = model.generator(z, c.expand_as(z))  # (n, 3, H, W)
         if as_grid:
             rows.append(faces)
@@ -1763,7 +1767,7 @@ class Run:
         numbers = [step * PROCESSES + RANK for step in steps]
         batches = load_batches(pairs, numbers, self.cfg.workers, self.device)
         for number, (speech, faces, _) in zip(numbers, batches):
-            rng = torch.Generator().manual_seed(seed * 2**32 + number)
+            rng = make_rng(seed * 2**32 + number)
             yield number // PROCESSES + 1, rng, speech, faces
 
     def is_due(self, step, every):
