@@ -711,7 +711,7 @@ def test_a_judge_scores_what_each_generator_made_of_its_own_c(plain):
 
     split = v.open_corpus(plain, {"val": 2})["val"]
     models = [network(n) for n in (1.0, 2.0, 3.0)]
-    c, faces, _ = v.embed_split(*models, split, 0, workers=0)
+    c, faces, _ = v.embed_split(*models, split, 0, 0)
     assert c.unique().tolist() == [2]
     assert faces["generated"].unique().tolist() == [21]
     assert faces["other"].unique().tolist() == [23]
@@ -749,9 +749,9 @@ def test_control_scores_of_a_generator_that_shows_planted_factors(monkeypatch):
     voices = F.pad(v.factor_values(people, v.VOICE_FACTORS), (0, 124))
     batch = (voices, picture(v.factor_values(people, v.FACTORS)), range(400))
     monkeypatch.setattr(v, "sample_people", lambda *args: batch)
-    encoder = torch.nn.Identity()
-    model = SimpleNamespace(speech_encoder=encoder, generator=generator, device=CPU)
-    split = v.Split("", range(400), people)
+    model = SimpleNamespace(generator=generator, device=CPU)
+    model.speech_encoder = torch.nn.Identity()
+    split = SimpleNamespace(labels=people)
     scores = v.control_scores(model, split, split)
     for e, name in enumerate(v.FACTORS):
         heard = 100 if e < 4 else 0

@@ -1051,15 +1051,14 @@ def plot_figures(model, split, folder, seed=0):
     z1 = z[:6]  # (R, D)
     z2 = z1.roll(-1, 0)
     real = faces[:6]
-    figures = defaultdict(list)  # of columns (R, 3, H, W)
-    for i in range(6):
-        t = i / 5  # from 0 to 1
-        z_i = z1[i % len(z1)].expand_as(c1)  # one z a column
-        figures["fig2"].append(model.generator(z_i, c1))
-        figures["fig3"].append(model.generator(z1, torch.lerp(c1, c2, t)))
-        figures["fig4"].append(model.generator(torch.lerp(z1, z2, t), c1))
+    steps = [0, 0.2, 0.4, 0.6, 0.8, 1]
+    figures = {  # lists of columns (R, 3, H, W)
+        "fig2": [model.generator(z_i.expand_as(c1), c1) for z_i in z1],
+        "fig3": [model.generator(z1, torch.lerp(c1, c2, t)) for t in steps],
+        "fig4": [model.generator(torch.lerp(z1, z2, t), c1) for t in steps],
+        "fig6": [generated[:6], *faces[nearest].unbind(1)],
+    }
     figures["fig3"].append(real.roll(-1, 0))
-    figures["fig6"] = [generated[:6], *faces[nearest].unbind(1)]
     for name, columns in figures.items():
         rows = torch.stack([real, *columns], dim=1)  # (R, n, 3, H, W)
         plot_grid(folder / f"{name}.png", names[:6], rows)
