@@ -700,10 +700,14 @@ def test_faces_of_another_generator_lose_where_the_models_are_preferred():
     assert scores["preferred"] == 100
 
 
+class FakeModel(SimpleNamespace):
+    __call__ = v.Model.forward
+
+
 def test_a_judge_scores_what_each_generator_made_of_its_own_c(plain):
     def network(n):
         """S gives n, G draws c, F gives a pixel and 10 n."""
-        model = SimpleNamespace(cfg=CFG, device=CPU)
+        model = FakeModel(cfg=CFG, device=CPU)
         model.speech_encoder = lambda x: torch.full((len(x), 128), n)
         model.generator = lambda z, c: c[:, :1, None, None].expand(-1, 3, 32, 32)
         model.face_encoder = SimpleNamespace(embed=lambda x: x[:, 0, 0] + 10 * n)
@@ -742,15 +746,14 @@ def test_control_scores_of_a_generator_that_shows_planted_factors(monkeypatch):
         row = F.pad(values[:, None, None], (0, 23, 0, 31))  # (n, 1, 32, 32)
         return row.expand(-1, 3, -1, -1)
 
-    def generator(z, c):
-        return picture(torch.cat([3 * c[:, :4] - 1, z[:, :5]], dim=1))
+    def model(c, z):
+        return picture(torch.cat([3 * c.expand_as(z)[:, :4] - 1, z[:, :5]], dim=1))
 
+    model.device = CPU
     people = simulate(400)
     voices = F.pad(v.factor_values(people, v.VOICE_FACTORS), (0, 124))
     batch = (voices, picture(v.factor_values(people, v.FACTORS)), range(400))
     monkeypatch.setattr(v, "sample_people", lambda *args: batch)
-    model = SimpleNamespace(generator=generator, device=CPU)
-    model.speech_encoder = torch.nn.Identity()
     split = SimpleNamespace(labels=people)
     scores = v.control_scores(model, split, split)
     for e, name in enumerate(v.FACTORS):

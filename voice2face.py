@@ -577,6 +577,11 @@ class Model(nn.Module):
         self.generator = Generator(cfg.size, width) if width else None
         self.to(device)
 
+    def forward(self, speech, z):
+        """Speech (n, T) or (1, T) and z (n, D) -> faces (n, 3, H, W): G(z, S(s))."""
+        c = self.speech_encoder(speech)  # (n, D) or (1, D)
+        return self.generator(z, c.expand_as(z))
+
 
 def make_schedule(optimizer, steps, warm_up=0.0):
     """Learning rate: linear warm-up, peak, from half-way a linear fall to 0 [ours]."""
@@ -729,10 +734,10 @@ def embed_split(model, judge, other, split, seed, workers):
         z = sample_z(len(rows), rng, model.device)  # (B, D)
         images = {}
         if model.generator:
-            images["generated"] = model.generator(z, model.speech_encoder(speech))
+            images["generated"] = model(speech, z)
         images["real"] = real
         if other:
-            images["other"] = other.generator(z, other.speech_encoder(speech))
+            images["other"] = other(speech, z)
         if model.generator and synthetic:
             images["ideal"] = ideal_faces(rows, model.cfg.size, ideal_rng)
         c.append(judge.speech_encoder(speech).cpu())
@@ -960,9 +965,8 @@ def control_scores(model, train, test, noises=16):
     real = pixels(faces) @ probe  # (V, E)
     z = sample_z(noises, make_rng(0), model.device)  # (Z, D)
     read = []
-    for row in speech:  # (T,)
-        c = model.speech_encoder(row[None])  # (1, D)
-        generated = model.generator(z, c.expand_as(z))  # (Z, 3, H, W)
+    for row in speech.split(1):  # (1, T)
+        generated = model(row, z)  # (Z, 3, H, W)
         read.append(pixels(generated) @ probe)  # (Z, E)
     read = torch.stack(read)  # (V, Z, E)
 
@@ -1039,8 +1043,7 @@ def plot_figures(model, split, folder, seed=0):
     next speaker's c, Fig. 4 to the next z; Fig. 6 has the real faces that are nearest.
     """
     speech, faces, names = sample_people(split, model, 200, seed)
-    c = [model.speech_encoder(rows) for rows in speech.split(TEST_BATCH)]
-    c = torch.cat(c)  # (N, D)
+    c = torch.cat([model.speech_encoder(x) for x in speech.split(TEST_BATCH)])  # (N, D)
     z = sample_z(len(c), make_rng(seed), model.device)  # (N, D)
     generated = model.generator(z, c)  # (N, 3, H, W)
     fe = model.face_encoder(generated)  # (N, D)
@@ -1133,10 +1136,10 @@ def generate(args):
     rows = []
     for i, path in enumerate(args.speech):
         speech = load_speech(path, SPEECH_SECONDS, rng)  # (T,)
-        c = model.speech_encoder(torch.from_numpy(speech)[None].to(device))  # (1, D)
+        speech = torch.from_numpy(speech)[None].to(device)  # (1, T)
         seed = args.seed if as_grid else args.seed + i  # in a grid one z a column
         z = sample_z(args.n, make_rng(seed), device)  # (n, D)
-        faces = model.generator(z, c.expand_as(z))  # (n, 3, H, W)
+        faces = model(speech, z)  # (n, 3, H, W)
         if as_grid:
             rows.append(faces)
             continue
