@@ -944,7 +944,7 @@ def variance_shares(read):
 
 
 def sample_people(split, model, count, seed=0):
-    """A pair each of at most `count` people: speech (N, T), faces (N, 3, H, W), names."""
+    """Pairs of at most `count` people: speech (N, T), faces (N, 3, H, W), names."""
     pairs = PairDataset(subsample(split, count), model.cfg, count, seed)
     return next(load_batches(pairs, [0], 0, model.device))
 
