@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch==2.11.0", "torchaudio==2.11.0", "numpy", "pillow>=10.1"]
+# dependencies = ["torch==2.11.0", "torchaudio==2.11.0", "numpy", "pillow>=10.4"]
 # ///
 """voice2face: learn which face belongs to a voice, without a label, and generate faces.
 
@@ -119,6 +119,11 @@ def explain(problem):
     except Exception as error:
         reason = " ".join(str(error).split())  # in one line
         raise UserError(f"{problem}: {type(error).__name__} {reason}") from error
+
+
+def make_rng(seed):
+    """A random generator on the CPU: its numbers are the same for every device."""
+    return torch.Generator().manual_seed(seed)
 
 
 # ==== 1. Inference: two encoders and the K-way loss [paper §3.1] ======================
@@ -424,6 +429,11 @@ class Generator(nn.Module):
         return torch.tanh(x)
 
 
+def sample_z(n, rng, device):
+    """Noise z (n, D)."""
+    return torch.randn(n, EMBED_DIM, generator=rng).to(device)
+
+
 class Discriminator(nn.Module):
     """faces (B, 3, H, W) -> weight * phi (B, D) and psi (B,), the parts of Eq. 2.
 
@@ -580,6 +590,11 @@ class Model(nn.Module):
         self.generator = Generator(cfg.size, width) if width else None
         self.to(device)
 
+    def forward(self, speech, z):
+        """Speech (n, T) or (1, T) and z (n, D) -> faces (n, 3, H, W): G(z, S(s))."""
+        c = self.speech_encoder(speech)  # (n, D) or (1, D)
+        return self.generator(z, c.expand_as(z))
+
 
 def make_schedule(optimizer, steps, warm_up=0.0):
     """Learning rate: linear warm-up, peak, from half-way a linear fall to 0 [ours]."""
@@ -664,7 +679,7 @@ def gan_train(cfg):
     d_net = distribute(discriminator)
 
     for step, rng, speech, real in run.batches(model.cfg):
-        z = torch.randn(len(real), EMBED_DIM, generator=rng).to(run.device)  # (B, D)
+        z = sample_z(len(real), rng, run.device)  # (B, D)
         with torch.no_grad():  # S is frozen [ours]
             c_pos = model.speech_encoder(speech)  # c+: (B, T) -> (B, D)
         c_neg = c_pos.roll(1, 0)  # c-: the batch is in random order, identities differ
@@ -711,40 +726,39 @@ GALLERY = 5000  # faces among which one is searched, at most [paper §4]
 
 
 @torch.no_grad()
-def embed_split(model, judge, other, split, seed, cfg, labels):
+def embed_split(model, judge, other, split, seed, workers):
     """One pair of each identity, as the judge's S and F see it.
 
     Returns c (N, D); faces {kind: (N, D)}, as F has them before they get one length;
-    the names of the N identities. Kinds: real, generated, other (by another generator)
-    and ideal faces.
+    the N identities' rows of labels.csv. Kinds: real, generated, other (by another
+    generator) and ideal faces.
     """
     judge = judge or model
-    rng = torch.Generator().manual_seed(seed)
+    synthetic = has_factors(split)
+    rng = make_rng(seed)
     ideal_rng = np.random.default_rng(seed)
     pairs = PairDataset(split, model.cfg, TEST_BATCH, seed)
     numbers = range(math.ceil(len(split.names) / TEST_BATCH))
     c = []
     faces = defaultdict(list)
-    names = []
-    for speech, real, batch in load_batches(pairs, numbers, cfg.workers, model.device):
-        z = torch.randn(len(batch), EMBED_DIM, generator=rng).to(model.device)  # (B, D)
+    people = []
+    for speech, real, names in load_batches(pairs, numbers, workers, model.device):
+        rows = [split.labels.get(name, {}) for name in names]
+        z = sample_z(len(rows), rng, model.device)  # (B, D)
         images = {}
         if model.generator:
-            images["generated"] = model.generator(z, model.speech_encoder(speech))
+            images["generated"] = model(speech, z)
         images["real"] = real
         if other:
-            images["other"] = other.generator(z, other.speech_encoder(speech))
-        if model.generator and labels:
-            people = [labels[name] for name in batch]
-            images["ideal"] = ideal_faces(people, model.cfg.size, ideal_rng)
+            images["other"] = other(speech, z)
+        if model.generator and synthetic:
+            images["ideal"] = ideal_faces(rows, model.cfg.size, ideal_rng)
         c.append(judge.speech_encoder(speech).cpu())
         for kind, image in images.items():
             faces[kind].append(judge.face_encoder.embed(image.to(model.device)).cpu())
-        names += batch
-    if len(names) < 2:
-        raise UserError(f"{split.folder}: too few people can be read (run check-data)")
+        people += rows
     faces = {kind: torch.cat(rows) for kind, rows in faces.items()}
-    return torch.cat(c), faces, names
+    return torch.cat(c), faces, people
 
 
 def k_way(speech, faces, genders, seed):
@@ -753,7 +767,7 @@ def k_way(speech, faces, genders, seed):
     With /gender the negatives have the positive's gender [ours]. Without K people of
     each gender there is no such score.
     """
-    rng = torch.Generator().manual_seed(seed)
+    rng = make_rng(seed)
     alike = [np.flatnonzero(genders == gender) for gender in ("female", "male")]
     tests = {"": [np.arange(len(genders))], "/gender": alike}
     scores = {}
@@ -783,7 +797,7 @@ def preferred(speech, first, second):
 
 def cosine_distances(c, faces, genders, seed):
     """QTA 1 of random couples: {"all": (CD(c1, c2), CD(fe1, fe2)), ...}, (n,) each."""
-    rng = torch.Generator().manual_seed(seed)
+    rng = make_rng(seed)
     other = sample_candidates(len(c), 2, rng)[:, 1]  # (N,)
     cd_c = 1 - F.cosine_similarity(c, c[other])  # (N, D) -> (N,)
     cd_faces = 1 - F.cosine_similarity(faces, faces[other])  # (N, D) -> (N,)
@@ -811,7 +825,7 @@ def recall(name, distances):
 
 def table_3(queries, gallery, seed):
     """QTA 3, Table 3: recall by three distances in a random gallery; (N, D) each."""
-    rng = torch.Generator().manual_seed(seed)
+    rng = make_rng(seed)
     rows = torch.randperm(len(gallery), generator=rng)[:GALLERY]
     queries = queries[rows]  # (R, D)
     gallery = gallery[rows]  # (R, D)
@@ -863,43 +877,41 @@ def oracle_scores(people, genders, seed):
     return k_way(voices, faces, genders, seed)
 
 
-def evaluate(model, split, cfg, runs, labels, judge=None, other=None):
-    """Test a split: metrics, and the same as a table, {score: {kind: text}}.
+def evaluate(model, split, cfg, runs, judge=None, other=None):
+    """Test a split: metrics, and the same as a table, {kind: {score: text}}.
 
     Metrics are the split's name and size and {key: mean over runs, key/std: std}. The
     scores of generated faces, or of real ones where there is no generator, have bare
     keys; other kinds' keys begin with the kind.
     """
-    known = labels if has_factors(labels, split.names) else None
     bare = "generated" if model.generator else "real"
     collected = defaultdict(list)
     for run in range(runs):
         seed = cfg.seed + 1000 * (run + 1)
-        c, faces, names = embed_split(model, judge, other, split, seed, cfg, known)
-        people = [labels.get(name, {}) for name in names]
+        c, faces, people = embed_split(model, judge, other, split, seed, cfg.workers)
         genders = np.array([gender_of(row) for row in people])
         tests = {kind: score_faces(c, faces, kind, genders, seed) for kind in faces}
-        if known:
+        if has_factors(split):
             tests["oracle"] = oracle_scores(people, genders, seed)
         for kind, scores in tests.items():
             for name, score in scores.items():
-                collected[name, kind].append(score)
+                collected[kind, name].append(score)
     metrics = {
         "data": str(split.folder.parent),
         "split": split.folder.name,
-        "people": len(names),
-        "left_out": len(split.names) - len(names),
+        "people": len(people),
+        "left_out": len(split.names) - len(people),
         "runs": runs,
     }
     table = defaultdict(dict)
-    for (name, kind), scores in collected.items():
+    for (kind, name), scores in collected.items():
         key = name if kind == bare else f"{kind}/{name}"
         metrics[key] = rounded(np.mean(scores))
-        table[name][kind] = f"{np.mean(scores):.2f}"
+        table[kind][name] = f"{np.mean(scores):.2f}"
         if runs > 1:
             std = np.std(scores, ddof=1)
             metrics[f"{key}/std"] = rounded(std)
-            table[name][kind] += f" ± {std:.2f}"
+            table[kind][name] += f" ± {std:.2f}"
     return metrics, table
 
 
@@ -909,10 +921,10 @@ def rounded(x):
 
 
 def validate(model, run, step, runs):
-    """Test at most --val-clips people of the validation split; print main scores."""
+    """Test at most --val-clips people, without labels; print and return the scores."""
     split = subsample(run.corpus["val"], max(2, run.cfg.val_clips))
     model.eval()
-    metrics, _ = evaluate(model, split, run.cfg, runs, labels={})
+    metrics, _ = evaluate(model, split._replace(labels={}), run.cfg, runs)
     shown = ("preferred", "v-f/2", "v-f/10", "f-v/2", "f-v/10")
     texts = [f"{key} {metrics[key]} % " for key in shown if key in metrics]
     print(f"step {step} val ", *texts, flush=True)
@@ -945,41 +957,29 @@ def variance_shares(read):
 
 
 def sample_people(split, model, count, seed=0):
-    """A pair each of at most `count` people: c (N, D), faces (N, 3, H, W), names."""
+    """Pairs of at most `count` people: speech (N, T), faces (N, 3, H, W), names."""
     pairs = PairDataset(subsample(split, count), model.cfg, count, seed)
-    batch = next(load_batches(pairs, [0], 0, model.device), None)
-    if batch is None:
-        raise UserError(f"{split.folder}: nobody can be read (run check-data)")
-    speech, faces, names = batch
-    c = [model.speech_encoder(x) for x in speech.split(TEST_BATCH)]  # (B, D) each
-    return torch.cat(c), faces, names
-
-
-def sample_z(count, seed, device):
-    """Noise z (n, D), the same on every device."""
-    rng = torch.Generator().manual_seed(seed)
-    return torch.randn(count, EMBED_DIM, generator=rng).to(device)
+    return next(load_batches(pairs, [0], 0, model.device))
 
 
 @torch.no_grad()
-def control_scores(model, train, test, labels, noises=16):
+def control_scores(model, train, test, noises=16):
     """QLA 1 to 3, by eye in the paper: what c and z control, as a probe reads faces.
 
-    Returns {factor: {column: score}}; the columns are named below, of generated faces
+    Returns {column: {factor: score}}; the columns are named below, of generated faces
     unless they say otherwise.
     """
     _, faces, names = sample_people(train, model, 1000)
-    known = factor_values([labels[name] for name in names], FACTORS)  # (P, E)
+    known = factor_values([train.labels[name] for name in names], FACTORS)  # (P, E)
     probe = fit_probe(faces, known - known.mean(0))  # (M, E)
-    c, faces, names = sample_people(test, model, 400)
-    people = [labels[name] for name in names]
-    truth = factor_values(people, FACTORS)  # (V, E)
+    speech, faces, names = sample_people(test, model, 400)
+    people = [test.labels[name] for name in names]
     voice = factor_values(people, VOICE_FACTORS)  # (V, 4), in the order of FACTORS[:4]
     real = pixels(faces) @ probe  # (V, E)
-    z = sample_z(noises, 0, model.device)  # (Z, D)
+    z = sample_z(noises, make_rng(0), model.device)  # (Z, D)
     read = []
-    for row in c:  # (D,)
-        generated = model.generator(z, row.expand_as(z))  # (Z, 3, H, W)
+    for row in speech.split(1):  # (1, T)
+        generated = model(row, z)  # (Z, 3, H, W)
         read.append(pixels(generated) @ probe)  # (Z, E)
     read = torch.stack(read)  # (V, Z, E)
 
@@ -993,13 +993,10 @@ def control_scores(model, train, test, labels, noises=16):
         "voice": r,  # correlation with the voice's factor
         "spread": 100 * (1 - r**2),  # percent of the variance left given the voice
         "spread/real": 100 * (1 - r_real**2),  # the same of real faces
-        "probe": pearson(real, truth),  # correlation with the truth, of real faces
-        "right": [percent((read[:, :, 0] > 0) == (voice[:, :1] > 0))],  # in gender
     }
-    scores = defaultdict(dict)
+    scores = {}
     for column, values in columns.items():
-        for factor, value in zip(FACTORS, values):
-            scores[factor][column] = rounded(value)
+        scores[column] = dict(zip(FACTORS, map(rounded, values)))
     return scores
 
 
@@ -1021,15 +1018,14 @@ def to_image(face):
     return Image.fromarray(values.permute(1, 2, 0).numpy())  # (H, W, 3)
 
 
-def plot_grid(path, titles, faces):
-    """Save faces (R, n, 3, H, W) as R rows, each of 152 pixels, 24 for its title."""
-    faces = F.interpolate(faces.flatten(0, 1), 128)  # (R n, 3, 128, 128)
-    faces = F.pad(faces, (2, 2, 24, 0), value=1.0)  # white, (R n, 3, 152, 132)
-    grid = faces.unflatten(0, (len(titles), -1)).permute(2, 0, 3, 1, 4)
-    sheet = to_image(grid.flatten(3).flatten(1, 2))  # (3, R, H, n, W) -> (3, R H, n W)
+def plot_grid(path, titles, rows):
+    """Save R rows of faces (n, 3, H, W), each of 152 pixels, 24 for its title."""
+    sheet = Image.new("RGB", (132 * len(rows[0]), 152 * len(rows)), "white")
     draw = ImageDraw.Draw(sheet)
-    for i, title in enumerate(titles):
-        draw.text((4, 152 * i + 4), title, "black", font_size=14)
+    for i, row in enumerate(rows):
+        draw.text((4, 152 * i + 4), titles[i], "black", font_size=14)
+        for k, face in enumerate(F.interpolate(row, 128)):  # (3, 128, 128)
+            sheet.paste(to_image(face), (132 * k + 2, 152 * i + 24))
     make_folder(path.parent)
     sheet.save(path)
 
@@ -1048,7 +1044,7 @@ def plot_scatter(path, couples):
     draw.text((160, 8), "gender: different blue, same orange, unknown gray", "black")
     for gender, (x, y) in couples.items():
         for a, b in zip(50 + 200 * x, 450 - 200 * y):
-            draw.ellipse((a - 2, b - 2, a + 2, b + 2), colors[gender])
+            draw.circle((a, b), 2, colors[gender])
     sheet.save(path)
 
 
@@ -1059,8 +1055,9 @@ def plot_figures(model, split, folder, seed=0):
     A row starts with the speaker's own face. Then Fig. 2 changes z, Fig. 3 goes to the
     next speaker's c, Fig. 4 to the next z; Fig. 6 has the real faces that are nearest.
     """
-    c, faces, names = sample_people(split, model, 200, seed)
-    z = sample_z(len(c), seed, model.device)  # (N, D)
+    speech, faces, names = sample_people(split, model, 200, seed)
+    c = torch.cat([model.speech_encoder(x) for x in speech.split(TEST_BATCH)])  # (N, D)
+    z = sample_z(len(c), make_rng(seed), model.device)  # (N, D)
     generated = model.generator(z, c)  # (N, 3, H, W)
     fe = model.face_encoder(generated)  # (N, D)
     similarity = fe[:6] @ model.face_encoder(faces).T  # (R, N); R = 6 people are shown
@@ -1070,45 +1067,40 @@ def plot_figures(model, split, folder, seed=0):
     z1 = z[:6]  # (R, D)
     z2 = z1.roll(-1, 0)
     real = faces[:6]
-    figures = defaultdict(list)  # of columns (R, 3, H, W)
-    for i in range(6):
-        t = i / 5  # from 0 to 1
-        z_i = z1[i % len(z1)].expand_as(c1)  # one z a column
-        figures["fig2"].append(model.generator(z_i, c1))
-        figures["fig3"].append(model.generator(z1, torch.lerp(c1, c2, t)))
-        figures["fig4"].append(model.generator(torch.lerp(z1, z2, t), c1))
+    steps = [0, 0.2, 0.4, 0.6, 0.8, 1]
+    figures = {  # lists of columns (R, 3, H, W)
+        "fig2": [model.generator(z_i.expand_as(c1), c1) for z_i in z1],
+        "fig3": [model.generator(z1, torch.lerp(c1, c2, t)) for t in steps],
+        "fig4": [model.generator(torch.lerp(z1, z2, t), c1) for t in steps],
+        "fig6": [generated[:6], *faces[nearest].unbind(1)],
+    }
     figures["fig3"].append(real.roll(-1, 0))
-    figures["fig6"] = [generated[:6], *faces[nearest].unbind(1)]
     for name, columns in figures.items():
         rows = torch.stack([real, *columns], dim=1)  # (R, n, 3, H, W)
         plot_grid(folder / f"{name}.png", names[:6], rows)
-    labels = read_labels(split.folder.parent)
-    genders = np.array([gender_of(labels.get(name, {})) for name in names])
+    genders = np.array([gender_of(split.labels.get(name, {})) for name in names])
     couples = cosine_distances(c.cpu(), fe.cpu(), genders, seed)
     plot_scatter(folder / "fig5.png", couples)
 
 
-def make_table(rows):
-    """A Markdown table of {row: {column: cell}}; cells may be missing."""
-    columns = list(dict.fromkeys(itertools.chain(*rows.values())))
+def make_table(columns):
+    """A Markdown table of {column: {row: cell}}; its rows are the first column's."""
     lines = [["", *columns], ["---"] * (len(columns) + 1)]
-    for row, cells in rows.items():
-        lines.append([row, *[str(cells.get(column, "")) for column in columns]])
+    for row in next(iter(columns.values())):
+        lines.append([row, *[str(cells.get(row, "")) for cells in columns.values()]])
     return "".join("| " + " | ".join(line) + " |\n" for line in lines) + "\n"
 
 
 def report(model, split, cfg, judge=None, other=None, control=None):
     """Test; write OUT/metrics.json; print and return the scores as tables."""
-    labels = read_labels(split.folder.parent)
-    metrics, table = evaluate(model, split, cfg, cfg.runs, labels, judge, other)
-    for name in table.keys() & PAPER_RESULTS:
-        table[name]["paper"] = PAPER_RESULTS[name]
+    metrics, table = evaluate(model, split, cfg, cfg.runs, judge, other)
+    table["paper"] = PAPER_RESULTS
     head = "{data}/{split}: {people} people, {left_out} left out; {runs} runs, ± std"
     text = head.format(**metrics) + "\n\n" + make_table(table)
     if control:
         text += make_table(control)
-        for factor, cells in control.items():
-            for column, value in cells.items():
+        for column, cells in control.items():
+            for factor, value in cells.items():
                 metrics[f"control/{factor}/{column}"] = value
     path = make_folder(cfg.out) / "metrics.json"
     path.write_text(json.dumps(metrics, indent=1) + "\n")
@@ -1133,12 +1125,11 @@ def gan_test(args):
         if checkpoint and checkpoint.cfg.size != model.cfg.size:
             raise UserError("--judge, --other: must have the --size of --gan")
     split = open_corpus(args.data, {"test": 2})["test"]
-    labels = read_labels(args.data)
     control = None
-    if has_factors(labels, split.names):
+    if has_factors(split):
         train = open_corpus(args.data, {"train": 2, "test": 2})["train"]
-        if has_factors(labels, train.names):
-            control = control_scores(model, train, split, labels)
+        if has_factors(train):
+            control = control_scores(model, train, split)
     page = f"# {args.gan}\n\n" + report(model, split, args, judge, other, control)
     plot_figures(model, split, Path(args.out), args.seed)
     for number in range(2, 7):
@@ -1158,10 +1149,10 @@ def generate(args):
     rows = []
     for i, path in enumerate(args.speech):
         speech = load_speech(path, SPEECH_SECONDS, rng)  # (T,)
-        c = model.speech_encoder(torch.from_numpy(speech)[None].to(device))  # (1, D)
+        speech = torch.from_numpy(speech)[None].to(device)  # (1, T)
         seed = args.seed if as_grid else args.seed + i  # in a grid one z a column
-        z = sample_z(args.n, seed, device)  # (n, D)
-        faces = model.generator(z, c.expand_as(z))  # (n, 3, H, W)
+        z = sample_z(args.n, make_rng(seed), device)  # (n, D)
+        faces = model(speech, z)  # (n, 3, H, W)
         if as_grid:
             rows.append(faces)
             continue
@@ -1169,7 +1160,7 @@ def generate(args):
             name = f"{i + 1:04}_{Path(path).stem}_z{k}.png"
             to_image(face).save(make_folder(args.out) / name)
     if as_grid:
-        plot_grid(Path(args.out), args.speech, torch.stack(rows))
+        plot_grid(Path(args.out), args.speech, rows)
     print(f"{args.out}: {args.n} faces for each of {len(args.speech)} recordings")
 
 
@@ -1188,13 +1179,13 @@ LOADER_TIMEOUT = 120  # s without a batch: a loader process is dead [ours]
 GENDERS = {"m": "male", "male": "male", "1": "male"}
 GENDERS |= {"f": "female", "female": "female", "w": "female", "0": "female"}
 
-# A part of a corpus: its folder and the names (P,) of its identities.
-Split = namedtuple("Split", "folder names")
+# A part of a corpus: its folder, the names (P,) of its identities, the corpus's labels.
+Split = namedtuple("Split", "folder names labels")
 
 
 def open_corpus(data, least):
     """The splits of a corpus, {name: Split}; least is {name: identities it needs}."""
-    read_labels(data)  # a fault in it shall not wait for the end of a training
+    labels = read_labels(data)
     corpus = {}
     for split, count in least.items():
         folder = Path(data, split)
@@ -1206,7 +1197,7 @@ def open_corpus(data, least):
         for other in corpus.values():
             for name in np.intersect1d(names, other.names):
                 raise UserError(f"{folder / name}: is in another split, too")
-        corpus[split] = Split(folder, np.sort(names))
+        corpus[split] = Split(folder, np.sort(names), labels)
     return corpus
 
 
@@ -1214,7 +1205,7 @@ def subsample(split, count):
     """At most `count` identities of a split, evenly spread, always the same."""
     count = min(count, len(split.names))
     rows = np.linspace(0, len(split.names) - 1, count, dtype=int)
-    return Split(split.folder, split.names[rows])
+    return split._replace(names=split.names[rows])
 
 
 def read_labels(data):
@@ -1415,8 +1406,11 @@ class PairDataset:
 def load_batches(pairs, numbers, workers, device):
     """Yield speech (B, T), faces (B, 3, H, W) and names of batches by number.
 
-    Raises UserError where a training batch cannot be filled.
+    Raises UserError where a training batch cannot be filled, and at the end of a test
+    of fewer than two people.
     """
+    folder = pairs.split.folder
+    count = 0
     loader = torch.utils.data.DataLoader(
         pairs,
         batch_size=None,
@@ -1426,10 +1420,12 @@ def load_batches(pairs, numbers, workers, device):
     )
     for speech, faces, names in loader:
         if pairs.training and len(names) < pairs.batch:
-            folder = pairs.split.folder
             raise UserError(f"{folder}: too many unreadable files (run check-data)")
+        count += len(names)
         if names:
             yield speech.to(device), to_faces(faces.to(device)), names
+    if count < 2:
+        raise UserError(f"{folder}: too few people can be read (run check-data)")
 
 
 def check_data(args):
@@ -1645,10 +1641,10 @@ def ideal_faces(people, size, rng):
     return to_faces(torch.from_numpy(np.array(images)))
 
 
-def has_factors(labels, names):
-    """Whether labels.csv tells all factors of these people: they are synthetic."""
+def has_factors(split):
+    """Whether labels.csv tells all factors of a split's people: they are synthetic."""
     try:
-        people = [labels[name] for name in names]
+        people = [split.labels[name] for name in split.names]
         values = factor_values(people, [*FACTORS, *VOICE_FACTORS, "link"])
     except (KeyError, ValueError):
         return False
@@ -1785,7 +1781,7 @@ class Run:
         numbers = range(first, self.cfg.steps * PROCESSES, PROCESSES)  # of batches
         batches = load_batches(pairs, numbers, self.cfg.workers, self.device)
         for number, (speech, faces, _) in zip(numbers, batches):
-            rng = torch.Generator().manual_seed(seed * 2**32 + number)
+            rng = make_rng(seed * 2**32 + number)
             yield number // PROCESSES + 1, rng, speech, faces
 
     def is_due(self, step, every):
