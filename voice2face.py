@@ -729,9 +729,9 @@ GALLERY = 5000  # faces among which one is searched, at most [paper §4]
 def embed_split(model, judge, other, split, seed, workers):
     """One pair of each identity, as the judge's S and F see it.
 
-    Returns c (N, D); faces {kind: (N, D)}, as F has them before they get one length;
-    the N identities' rows of labels.csv. Kinds: real, generated, other (by another
-    generator) and ideal faces.
+    Returns c (N, D); faces {kind: (N, D)}, embeddings before L2 normalisation; the N
+    identities' rows of labels.csv. Kinds: real, generated, other (by another generator)
+    and ideal faces.
     """
     judge = judge or model
     synthetic = has_factors(split)
@@ -856,13 +856,13 @@ def score_faces(c, faces, kind, genders, seed):
 def oracle_scores(people, genders, seed):
     """The scores of an observer who knows every factor: no encoder expects better.
 
-    For standard normals v, f of correlation r the best score for Eq. 1 is
+    The candidate with the largest p(v, f) / (p(v) p(f)) is most often the right one.
+    For standard normals v and f of correlation r its logarithm is
 
-        log p(v, f) / (p(v) p(f)) = const + a v f - b v^2 - b f^2,
-        a = r / (1 - r^2), b = r a / 2,
+        const + a v f - b v^2 - b f^2 with a = r / (1 - r^2), b = r a / 2.
 
-    the inner product <(a v, -b v^2, 1), (f, 1, -b f^2)>, summed over the linked
-    factors; the other gender is impossible.
+    This is the inner product <(a v, -b v^2, 1), (f, 1, -b f^2)>, summed over the three
+    linked factors. The other gender is impossible.
     """
     r = float(people[0]["link"])
     a = r / (1 - r**2)
@@ -880,11 +880,11 @@ def oracle_scores(people, genders, seed):
 def evaluate(model, split, cfg, runs, judge=None, other=None):
     """Test a split: metrics, and the same as a table, {kind: {score: text}}.
 
-    Metrics are the split's name and size and {key: mean over runs, key/std: std}. The
-    scores of generated faces, or of real ones where there is no generator, have bare
-    keys; other kinds' keys begin with the kind.
+    Metrics are the split's name and size and {key: mean over runs, key/std: std}. Keys
+    of generated faces are like "v-f/2", those of other kinds like "real/v-f/2". Without
+    a generator the real faces have the short keys.
     """
-    bare = "generated" if model.generator else "real"
+    main_kind = "generated" if model.generator else "real"
     collected = defaultdict(list)
     for run in range(runs):
         seed = cfg.seed + 1000 * (run + 1)
@@ -905,7 +905,7 @@ def evaluate(model, split, cfg, runs, judge=None, other=None):
     }
     table = defaultdict(dict)
     for (kind, name), scores in collected.items():
-        key = name if kind == bare else f"{kind}/{name}"
+        key = name if kind == main_kind else f"{kind}/{name}"
         metrics[key] = rounded(np.mean(scores))
         table[kind][name] = f"{np.mean(scores):.2f}"
         if runs > 1:
@@ -940,8 +940,8 @@ def pixels(faces):
 def fit_probe(faces, targets, noise=0.1):
     """The linear map (M, E) that best reads targets (N, E) off faces (N, 3, H, W).
 
-    Ridge regression, as if pixels had this noise [ours]: it shall not rely on detail
-    that generated faces lack.
+    Ridge regression, as if pixels had this noise [ours], so that the map does not rely
+    on fine detail, which generated faces lack.
     """
     x = pixels(faces)  # (N, M)
     ridge = len(x) * noise**2 * torch.eye(x.shape[1])  # (M, M)
@@ -1095,8 +1095,8 @@ def report(model, split, cfg, judge=None, other=None, control=None):
     """Test; write OUT/metrics.json; print and return the scores as tables."""
     metrics, table = evaluate(model, split, cfg, cfg.runs, judge, other)
     table["paper"] = PAPER_RESULTS
-    head = "{data}/{split}: {people} people, {left_out} left out; {runs} runs, ± std"
-    text = head.format(**metrics) + "\n\n" + make_table(table)
+    caption = "{data}/{split}: {people} people, {left_out} left out; {runs} runs, ± std"
+    text = caption.format(**metrics) + "\n\n" + make_table(table)
     if control:
         text += make_table(control)
         for column, cells in control.items():
@@ -1127,6 +1127,7 @@ def gan_test(args):
     split = open_corpus(args.data, {"test": 2})["test"]
     control = None
     if has_factors(split):
+        # Opened together, train and test are known to share nobody.
         train = open_corpus(args.data, {"train": 2, "test": 2})["train"]
         if has_factors(train):
             control = control_scores(model, train, split)
