@@ -759,6 +759,7 @@ def test_control_scores_of_a_generator_that_shows_planted_factors(monkeypatch):
         heard = 100 if e < 4 else 0
         assert scores["c"][name] == approx(heard, abs=2)
         assert scores["z"][name] == approx(100 - heard, abs=2)
+        assert scores["probe"][name] > 0.98
     assert scores["voice"]["age"] > 0.98
     assert scores["spread/real"]["age"] == approx(100 * (1 - v.LINK**2), abs=9)
 

@@ -974,6 +974,7 @@ def control_scores(model, train, test, noises=16):
     probe = fit_probe(faces, known - known.mean(0))  # (M, E)
     speech, faces, names = sample_people(test, model, 400)
     people = [test.labels[name] for name in names]
+    truth = factor_values(people, FACTORS)  # (V, E)
     voice = factor_values(people, VOICE_FACTORS)  # (V, 4), in the order of FACTORS[:4]
     real = pixels(faces) @ probe  # (V, E)
     z = sample_z(noises, make_rng(0), model.device)  # (Z, D)
@@ -993,6 +994,7 @@ def control_scores(model, train, test, noises=16):
         "voice": r,  # correlation with the voice's factor
         "spread": 100 * (1 - r**2),  # percent of the variance left given the voice
         "spread/real": 100 * (1 - r_real**2),  # the same of real faces
+        "probe": pearson(real, truth),  # correlation with the truth, of real faces
     }
     scores = {}
     for column, values in columns.items():
