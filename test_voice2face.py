@@ -611,7 +611,7 @@ def simulate(count):
     rows = []
     for _ in range(count):
         voice = v.sample_voice(rng)
-        rows.append({"link": v.LINK, **voice, **v.sample_face(voice, rng)})
+        rows.append({"link": v.LINK, **voice, **v.sample_face(voice, v.LINK, rng)})
     return rows
 
 
@@ -1117,7 +1117,7 @@ def test_linked_factors_correlate_by_link_and_nothing_else_does():
 
 
 VOICE = {**v.sample_voice(seeded(5)), "gender": 0}
-FACE = {**v.sample_face(VOICE, seeded(5)), "glasses": 0}
+FACE = {**v.sample_face(VOICE, v.LINK, seeded(5)), "glasses": 0}
 
 
 @pytest.mark.parametrize("name", sorted({**VOICE, **FACE}))

@@ -30,7 +30,7 @@ Symbols
     c+, c-  c_pos, c_neg          (B, D)        S of the face's own voice, of another
     z       z                     (B, D)        Gaussian noise
     phi     phi                   (B, D)        face embeddings by D's copy of F
-    psi     psi                   (B,)          how real D finds a face, voice unheard
+    psi     psi                   (B,)          how real a face looks, for any voice
     V-F     "v-f"                               pick a face for a voice; F-V: reverse
 
     Dimensions: B batch, K candidates (1 positive, K - 1 negatives), T samples,
@@ -48,15 +48,15 @@ Where this differs from the paper (the README's table has edits and measured eff
     - Embeddings are L2-normalised to one length: it improves the untrained direction.
     - Waveforms get zero mean and rms 1: offset and loudness are the microphone's.
     - A batch has one random recording of each of B random identities; where nobody
-      knows identities, each clip is one. A clip's negatives are its batch's other clips
-      (of its own process), so each clip is encoded once.
+      knows identities, each clip is one. A clip's negatives are other clips of its
+      batch (and process), so each clip is encoded once.
     - Images are flipped at random in training; the S and F that validate best are kept.
-    - G's input and its AdaIN style are both [z, c], with c scaled to length 1: at its
-      own length z no longer decides the tilt.
+    - G's input and its AdaIN style are both [z, c], with c scaled to length 1: with a
+      longer c, z stops controlling the head's tilt.
     - psi reads F's pooled features, not phi(f), and their std over the batch.
     - G's blocks up-sample after conv1; before it, as in SNGAN, takes 1.5 times as long.
-    - F has no spectral norm [SNGAN]: with it z loses the glasses. R1 is lazy
-      [StyleGAN2].
+    - F has no spectral norm [SNGAN]: with it, z stops controlling the glasses. R1 is
+      lazy [StyleGAN2].
     - S is frozen in stage two; a running average of G's weights is what is tested.
     - G's loss takes the scores of real faces from D's step, computed before D's update.
     - Runs of a test draw windows, images and z anew, not the negatives alone.
@@ -66,6 +66,7 @@ Where this differs from the paper (the README's table has edits and measured eff
       64x64 pixels, a sinc layer of stride 8, narrower layers, synthetic people. The
       preset `paper` has the sizes of the paper and its sources.
     - A gallery of faces is as large as the test split where that has fewer than 5,000.
+      Fig. 5 is one plot, coloured by gender. Oracle, ideal faces and probe are [ours].
     - Speech near an image's time is left out only where the file's name tells the time.
 """
 
@@ -251,7 +252,7 @@ class DBlock(nn.Module):
         h = self.conv2(F.relu(self.conv1(h)))  # (B, C', H, W)
         if self.down:
             h = F.avg_pool2d(h, 2)  # (B, C', H/2, W/2)
-            x = F.avg_pool2d(x, 2)  # (B, C, H/2, W/2); after the 1x1 layer it is equal
+            x = F.avg_pool2d(x, 2)  # (B, C, H/2, W/2); commutes with the 1x1 conv
         return h + self.skip(x)
 
 
@@ -372,8 +373,8 @@ class AdaIN(nn.Module):
 class GBlock(nn.Module):
     """Residual block of [SNGAN]'s generator: (B, C, H, W) -> (B, C', 2H, 2W).
 
-    [SNGAN] up-samples first; here conv1 and skip run before it, on a quarter of the
-    pixels. Up-sampling is bilinear [StyleGAN].
+    AdaIN stands where [SNGAN] has batch norm. [SNGAN] up-samples first; here conv1 and
+    skip run before it, on a quarter of the pixels. Up-sampling is bilinear [StyleGAN].
     """
 
     def __init__(self, channels, out):
@@ -422,7 +423,7 @@ class Generator(nn.Module):
     def forward(self, z, c):
         style = torch.cat([z, F.normalize(c)], dim=1)  # (B, D), (B, D) -> (B, 2D)
         x = self.first(style).unflatten(1, (-1, 4, 4))  # (B, 2D) -> (B, C, 4, 4)
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = x.contiguous(memory_format=torch.channels_last)  # as the weights
         for block in self.blocks:
             x = block(x, style)  # (B, C, H, W) -> (B, C', 2H, 2W)
         x = self.last(F.relu(self.norm(x, style)))  # (B, C, H, W) -> (B, 3, H, W)
@@ -470,11 +471,11 @@ def logit(c, phi, psi):
     return inner(c, phi) + psi
 
 
-def gan_loss(kind, c_pos, c_neg, winner, loser):
+def gan_loss(kind, c_pos, c_neg, out_x, out_y):
     """Eq. 6, -E log A(g_rel) with the sigmoid A: D's and G's loss, -> ().
 
-    winner and loser are D's outputs, phi (B, D) and psi (B,), for two batches of faces,
-    x and y. In D's loss the real faces win, in G's the generated ones (non-saturating).
+    out_x and out_y are D's outputs, phi (B, D) and psi (B,), for two batches of faces.
+    In D's loss x is real and y generated; in G's it is the reverse (non-saturating).
 
         Eq. 4, "rel":    g_rel = g(x, c+) - g(y, c+)
         Eq. 5, "relid":  g_rel = g(x, c+) - g(y, c+) + <c+, phi(x)> - <c-, phi(x)>
@@ -482,8 +483,8 @@ def gan_loss(kind, c_pos, c_neg, winner, loser):
     The terms that Eq. 5 adds keep D asking who fits whom, which phi would forget [paper
     §3.2]. That all terms share one sigmoid, and are swapped for G, is our reading.
     """
-    phi_x, psi_x = winner
-    phi_y, psi_y = loser
+    phi_x, psi_x = out_x
+    phi_y, psi_y = out_y
     g_rel = logit(c_pos, phi_x, psi_x) - logit(c_pos, phi_y, psi_y)  # (B,)
     if kind == "relid":
         g_rel = g_rel + inner(c_pos, phi_x) - inner(c_neg, phi_x)  # (B,)
@@ -493,7 +494,8 @@ def gan_loss(kind, c_pos, c_neg, winner, loser):
 def r1_penalty(discriminator, real, c):
     """R1 without gamma/2: E |grad_f g(f, c)|^2, -> () [R1].
 
-    One backward pass of the batch's sum gives all gradients.
+    One backward pass of the batch's sum gives all gradients, with the small cross-terms
+    of the batch's std.
     """
     real = real.detach().requires_grad_(True)
     phi, psi = discriminator(real)
@@ -507,7 +509,7 @@ def r1_penalty(discriminator, real, c):
 # Settings {flag: (default, meaning, the values to choose from, if they are few)}.
 SYNTHETIC = "data/synthetic"  # made where it is missing
 DIRECTIONS = ("v-f", "f-v")
-SEED = (0, "seed of all randomness")
+SEED = (0, "seed of the random numbers")
 DEVICE = ("auto", "cpu, cuda, cuda:1, ...; auto is cuda where there is one")
 TEST_SETTINGS = {
     "--seed": SEED,
@@ -548,7 +550,7 @@ GAN_SETTINGS = {
     "--steps": (5000, "training steps, each one of D and one of G [ours]"),
     "--batch": (8, "real faces per step and process [ours]"),
     "--width": (16, "G's last channels [ours]; 64 in [SNGAN]"),
-    "--weight": (1.0, "of <c, phi(f)> beside psi(f); 1 in [paper §3.2]"),
+    "--weight": (1.0, "factor of phi(f) in D; 1 in [paper §3.2]"),
     "--lr": (2e-3, "learning rate of G's Adam [ours]"),
     "--d-lr": (1e-3, "learning rate of D's Adam [ours]"),
     "--gamma": (0.5, "weight of R1, gamma/2 E |grad_f g(f, c+)|^2 [ours]"),
@@ -599,19 +601,19 @@ class Model(nn.Module):
 def make_schedule(optimizer, steps, warm_up=0.0):
     """Learning rate: linear warm-up, peak, from half-way a linear fall to 0 [ours]."""
 
-    def share(step):
+    def lr_factor(step):
         rise = (step + 1) / max(1, warm_up * steps)
         fall = 2 - 2 * step / steps
         return min(rise, 1, fall)
 
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor)
 
 
 def match_train(cfg):
     """Train S and F on Eq. 1, without labels; test those that validated best."""
     if not 2 <= cfg.k <= cfg.batch:
         raise UserError(f"--k {cfg.k}: must be at least 2, at most --batch {cfg.batch}")
-    if cfg.seconds < 0.25:
+    if cfg.seconds < 0.25:  # S's reflection padding needs as much
         raise UserError(f"--seconds {cfg.seconds}: must be at least 0.25")
     run = Run(cfg)
     model = Model(cfg, run.device)
@@ -638,6 +640,7 @@ def match_train(cfg):
         if run.is_due(step, cfg.eval_every):
             metrics = validate(model, run, step, cfg.runs)
             model.train()
+            # 2-way where fewer than 10 people validate
             score = metrics.get(f"{cfg.direction}/10", metrics[f"{cfg.direction}/2"])
             if score > best:
                 best = score
@@ -745,7 +748,7 @@ def embed_split(model, judge, other, split, seed, workers):
     for speech, real, names in load_batches(pairs, numbers, workers, model.device):
         rows = [split.labels.get(name, {}) for name in names]
         z = sample_z(len(rows), rng, model.device)  # (B, D)
-        images = {}
+        images = {}  # the first kind is the report's first column
         if model.generator:
             images["generated"] = model(speech, z)
         images["real"] = real
@@ -824,7 +827,11 @@ def recall(name, distances):
 
 
 def table_3(queries, gallery, seed):
-    """QTA 3, Table 3: recall by three distances in a random gallery; (N, D) each."""
+    """QTA 3, Table 3: recall by three distances in a random gallery; (N, D) each.
+
+    The embeddings are those before L2 normalisation, so that the distances differ
+    [ours].
+    """
     rng = make_rng(seed)
     rows = torch.randperm(len(gallery), generator=rng)[:GALLERY]
     queries = queries[rows]  # (R, D)
@@ -854,7 +861,7 @@ def score_faces(c, faces, kind, genders, seed):
 
 
 def oracle_scores(people, genders, seed):
-    """The scores of an observer who knows every factor: no encoder expects better.
+    """The scores of an observer who knows every factor: real faces allow no better.
 
     The candidate with the largest p(v, f) / (p(v) p(f)) is most often the right one.
     For standard normals v and f of correlation r its logarithm is
@@ -950,10 +957,10 @@ def fit_probe(faces, targets, noise=0.1):
 
 def variance_shares(read):
     """Percent of the variance of read (V, Z, E) due to voice or z alone; (E,) each."""
-    total = read.var((0, 1), correction=0) / 100  # (E,)
+    total = read.var((0, 1), correction=0)  # (E,)
     by_voice = read.mean(1).var(0, correction=0)  # (V, Z, E) -> (V, E) -> (E,)
     by_noise = read.mean(0).var(0, correction=0)  # (V, Z, E) -> (Z, E) -> (E,)
-    return by_voice / total, by_noise / total
+    return 100 * by_voice / total, 100 * by_noise / total
 
 
 def sample_people(split, model, count, seed=0):
@@ -1006,7 +1013,7 @@ def control_scores(model, train, test, noises=16):
 
 PAPER_RESULTS = {  # of other people, hence not comparable [paper §4]
     "f-v/2": "generated 95.14, real 88.47",
-    "preferred": "76.65; Eq. 5 to Eq. 4 79.68",
+    "preferred": "76.65 (Eq. 4: 47.2); Eq. 5 to Eq. 4 79.68",
     "qta1/different/c": "0.46",
     "qta1/same/c": "0.28",
     "qta1/different/face": "0.27",
@@ -1021,7 +1028,7 @@ def to_image(face):
 
 
 def plot_grid(path, titles, rows):
-    """Save R rows of faces (n, 3, H, W), each of 152 pixels, 24 for its title."""
+    """Save R rows of faces (n, 3, H, W): a title of 24 pixels, then 128 of faces."""
     sheet = Image.new("RGB", (132 * len(rows[0]), 152 * len(rows)), "white")
     draw = ImageDraw.Draw(sheet)
     for i, row in enumerate(rows):
@@ -1129,7 +1136,8 @@ def gan_test(args):
     split = open_corpus(args.data, {"test": 2})["test"]
     control = None
     if has_factors(split):
-        # Opened together, train and test are known to share nobody.
+        # Only a synthetic corpus needs its train split. Opened together, they are
+        # known to share nobody.
         train = open_corpus(args.data, {"train": 2, "test": 2})["train"]
         if has_factors(train):
             control = control_scores(model, train, split)
@@ -1153,7 +1161,7 @@ def generate(args):
     for i, path in enumerate(args.speech):
         speech = load_speech(path, SPEECH_SECONDS, rng)  # (T,)
         speech = torch.from_numpy(speech)[None].to(device)  # (1, T)
-        seed = args.seed if as_grid else args.seed + i  # in a grid one z a column
+        seed = args.seed if as_grid else args.seed + i  # a grid has one z a column
         z = sample_z(args.n, make_rng(seed), device)  # (n, D)
         faces = model(speech, z)  # (n, 3, H, W)
         if as_grid:
@@ -1291,10 +1299,10 @@ def spare_moment(path, x, moment):
         if moment > len(x) / SAMPLE_RATE:
             raise UserError(f"{path}: ends before its image's time of {moment} s")
         before = max(0, math.floor((moment - TIME_GUARD) * SAMPLE_RATE))
-        after = math.ceil((moment + TIME_GUARD) * SAMPLE_RATE) + 1  # farther by one
+        after = math.ceil((moment + TIME_GUARD) * SAMPLE_RATE) + 1  # strictly after
         parts = [x[:before], x[after:]]
     if max(map(len, parts)) < MIN_SPEECH * SAMPLE_RATE:
-        raise UserError(f"{path}: under {MIN_SPEECH} s of speech beside its image")
+        raise UserError(f"{path}: under {MIN_SPEECH} s of speech (beside its image)")
     return parts
 
 
@@ -1494,7 +1502,7 @@ def attempt(faults, function, *args):
 
 # ==== 7. Synthetic people: voices by source and filter, drawn faces [all ours] ========
 
-LINK = 0.72  # correlation of voice and face: the accuracy is then near the paper's
+LINK = 0.72  # correlation of voice and face; F-V comes near the paper's 88.47 %
 LINKED = ("age", "tract", "build")  # and gender, which voice and face share wholly
 VOICE_FACTORS = ("gender", "voice_age", "voice_tract", "voice_build")
 FACTORS = ("gender", *LINKED, "glasses", "hair", "skin", "background", "tilt")
@@ -1521,12 +1529,12 @@ def sample_voice(rng):
     return voice
 
 
-def sample_face(voice, rng):
+def sample_face(voice, link, rng):
     """The factors of a face, from p(face given the voice)."""
     face = {"gender": voice["gender"]}
     for name in LINKED:
         noise = rng.normal()
-        face[name] = LINK * voice["voice_" + name] + math.sqrt(1 - LINK**2) * noise
+        face[name] = link * voice["voice_" + name] + math.sqrt(1 - link**2) * noise
     face["glasses"] = max(0, rng.uniform(-1, 1))  # thickness; half have none
     for name in ("hair", "skin", "background"):
         face[name] = rng.random()
@@ -1549,7 +1557,7 @@ def synth_speech(voice, rng):
     t = np.arange(CLIP_SECONDS * SAMPLE_RATE) / SAMPLE_RATE  # (samples,), s
     count = int(2 * CLIP_SECONDS * voice["tempo"])  # syllables, more than fit
     starts = np.cumsum(rng.uniform(0.7, 1.3, count)) / voice["tempo"]  # s
-    position = np.interp(t, starts, np.arange(count))  # 1.5: syllable 1 is half over
+    position = np.interp(t, starts, np.arange(count))  # in syllables; 1.5: half of 1
     syllable = position.astype(int)
     melody = np.interp(t, starts, rng.normal(size=count))
     stress = rng.uniform(0.5, 1, count) * (rng.random(count) > 1 / 7)
@@ -1562,7 +1570,7 @@ def synth_speech(voice, rng):
     breath = (0.04 + 0.5 * age) * np.diff(rng.normal(size=len(t)), prepend=0)
     f = np.fft.rfftfreq(len(t), 1 / SAMPLE_RATE)  # Hz
     source = np.fft.rfft(pulses / np.sqrt(pitch))
-    source *= f / (f + 200) / (1 + 1j * f / 700)  # lips, throat
+    source *= f / (f + 200) / (1 + 1j * f / 700)  # lips (high-pass), throat (low-pass)
     source *= np.exp(4 * (build - 0.5) / (1 + (f / 400) ** 4))  # up to 17 dB of bass
 
     for r in np.array(FORMANTS) * (1.35 - 0.7 * tract):  # a longer tube is lower
@@ -1639,7 +1647,8 @@ def ideal_faces(people, size, rng):
     images = []
     for row in people:
         voice = {name: float(row[name]) for name in VOICE_FACTORS}
-        image = draw_face(sample_face(voice, rng), rng.random())
+        face = sample_face(voice, float(row["link"]), rng)
+        image = draw_face(face, rng.random())
         images.append(crop_square(image, size))
     return to_faces(torch.from_numpy(np.array(images)))
 
@@ -1665,7 +1674,7 @@ def write_person(data, seed, i, split):
     name = f"id{i:05}"
     folder = make_folder(Path(data, split, name, "clip"))
     voice = sample_voice(rng)
-    face = sample_face(voice, rng)
+    face = sample_face(voice, LINK, rng)
     with wave.open(str(folder / "speech.wav"), "wb") as file:
         file.setnchannels(1)
         file.setsampwidth(2)  # bytes
@@ -1775,8 +1784,8 @@ class Run:
     def batches(self, cfg):
         """Yield step, random generator, speech and faces of the steps that are left.
 
-        cfg tells the sizes. All depends on seed, step and process alone: a resumed run
-        draws what it would have drawn.
+        cfg tells the sizes. All depends on seed, step and process (of how many) alone: a
+        resumed run draws what it would have drawn.
         """
         seed = self.cfg.seed
         pairs = PairDataset(self.corpus["train"], cfg, self.cfg.batch, seed, True)
@@ -1883,7 +1892,7 @@ COMMANDS = {
         {
             **TEST_SETTINGS,
             "--gan": GAN,
-            "--judge": ("", "checkpoint of a match-train whose S and F score"),
+            "--judge": ("", "checkpoint of a match-train: its S and F make the tables"),
             "--other": (
                 "",
                 "checkpoint of a gan-train to compare with [paper §4, QTA 2]",
