@@ -829,8 +829,7 @@ def recall(name, distances):
 def table_3(queries, gallery, seed):
     """QTA 3, Table 3: recall by three distances in a random gallery; (N, D) each.
 
-    The embeddings are those before L2 normalisation, so that the distances differ
-    [ours].
+    They differ, as the embeddings are those before L2 normalisation [ours].
     """
     rng = make_rng(seed)
     rows = torch.randperm(len(gallery), generator=rng)[:GALLERY]
@@ -1893,10 +1892,7 @@ COMMANDS = {
             **TEST_SETTINGS,
             "--gan": GAN,
             "--judge": ("", "checkpoint of a match-train: its S and F make the tables"),
-            "--other": (
-                "",
-                "checkpoint of a gan-train to compare with [paper §4, QTA 2]",
-            ),
+            "--other": ("", "checkpoint of a gan-train to compare with [paper §4]"),
             "--out": ("runs/gan/report", "folder for report.md, figures, metrics.json"),
         },
     ),
