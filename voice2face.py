@@ -892,9 +892,11 @@ def evaluate(model, split, cfg, runs, judge=None, other=None):
     """
     main_kind = "generated" if model.generator else "real"
     collected = defaultdict(list)
+    counts = []
     for run in range(runs):
         seed = cfg.seed + 1000 * (run + 1)
         c, faces, people = embed_split(model, judge, other, split, seed, cfg.workers)
+        counts.append(len(people))
         genders = np.array([gender_of(row) for row in people])
         tests = {kind: score_faces(c, faces, kind, genders, seed) for kind in faces}
         if has_factors(split):
@@ -905,12 +907,14 @@ def evaluate(model, split, cfg, runs, judge=None, other=None):
     metrics = {
         "data": str(split.folder.parent),
         "split": split.folder.name,
-        "people": len(people),
-        "left_out": len(split.names) - len(people),
+        "people": min(counts),
+        "left_out": len(split.names) - min(counts),
         "runs": runs,
     }
     table = defaultdict(dict)
     for (kind, name), scores in collected.items():
+        if len(scores) < runs:  # too few people in some run
+            continue
         key = name if kind == main_kind else f"{kind}/{name}"
         metrics[key] = rounded(np.mean(scores))
         table[kind][name] = f"{np.mean(scores):.2f}"
@@ -1129,9 +1133,9 @@ def gan_test(args):
     model = load_model(args.gan, "gan-train", device)
     judge = load_model(args.judge, "match-train", device) if args.judge else None
     other = load_model(args.other, "gan-train", device) if args.other else None
-    for checkpoint in (judge, other):
+    for path, checkpoint in {args.judge: judge, args.other: other}.items():
         if checkpoint and checkpoint.cfg.size != model.cfg.size:
-            raise UserError("--judge, --other: must have the --size of --gan")
+            raise UserError(f"{path}: of another --size than {args.gan}")
     split = open_corpus(args.data, {"test": 2})["test"]
     control = None
     if has_factors(split):
@@ -1154,7 +1158,7 @@ def generate(args):
     """Generate faces for recordings: a labelled grid, or a folder of PNGs."""
     device = find_device(args.device)
     model = load_model(args.gan, "gan-train", device)
-    as_grid = args.out.lower().endswith(".png")
+    as_grid = Path(args.out).suffix.lower() == ".png"
     rng = np.random.default_rng(args.seed)
     rows = []
     for i, path in enumerate(args.speech):
@@ -1222,7 +1226,7 @@ def read_labels(data):
     """labels.csv as {identity: {column: text}}; {} without one. Only tests use it."""
     path = Path(data, "labels.csv")
     labels = {}
-    if not path.exists():
+    if not os.path.lexists(path):
         return labels
     with explain(f"{path}: must be CSV in UTF-8 with a column 'identity'"):
         lines = path.read_text("utf-8-sig").splitlines()
@@ -1659,7 +1663,8 @@ def has_factors(split):
         values = factor_values(people, [*FACTORS, *VOICE_FACTORS, "link"])
     except (KeyError, ValueError):
         return False
-    return bool((values[:, -1] < 1).all())
+    link = values[:, -1]  # (P,)
+    return bool(values.isfinite().all() and ((0 <= link) & (link < 1)).all())
 
 
 def factor_values(people, columns):
@@ -1986,7 +1991,9 @@ def main(argv=None):
         print("voice2face: stopped; --resume continues a training", file=sys.stderr)
         return 130
     except (MemoryError, RuntimeError) as error:
-        if not re.search(r"MemoryError|allocate memory|\(.DataLoader", repr(error)):
+        if not re.search(
+            r"MemoryError|allocate memory|\(.DataLoader|ProcessPool", repr(error)
+        ):
             raise
         problem = "out of memory, or a loader process died or hangs: try smaller sizes "
         problem += "or --batch, fewer --workers, a larger /dev/shm (docker: --shm-size)"
