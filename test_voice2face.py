@@ -136,7 +136,7 @@ def pairs_of(root, training, batch=1, seed=0, cfg=CFG):
 def corpus(tmp_path_factory):
     """A small synthetic corpus: 84 identities, 62 / 10 / 12."""
     root = tmp_path_factory.mktemp("data") / "corpus"
-    run("make-data", root, "--identities", 84, "--seed", 3)
+    run("make-data", root, "--identities=84", "--seed=3")
     return root
 
 
@@ -388,7 +388,7 @@ def test_match_train_goes_down_equation_1(argv, tmp_path, monkeypatch):
         return logits
 
     monkeypatch.setattr(v, "match_logits", spied)
-    run(*argv("match-train", tmp_path, "--lr", 0.01))
+    run(*argv("match-train", tmp_path, "--lr=0.01"))
     cut = min(1, v.GRAD_CLIP / torch.nn.utils.get_total_norm(wanted[0]))
     (before,), (after,) = seen.values[:2]
     for x, y, gradient in zip(before, after, wanted[0]):
@@ -424,7 +424,7 @@ def gan_steps(argv, match_run, tmp_path_factory):
 
     def spied_batches(*args):
         for step, rng, speech, real in batches(*args):
-            z = torch.randn(6, 128, generator=rng.clone_state())
+            z = v.sample_z(6, rng.clone_state(), CPU)
             seen.batches.append((z, speech, real))
             yield step, rng, speech, real
 
@@ -448,7 +448,7 @@ def gan_steps(argv, match_run, tmp_path_factory):
         patch.setattr(v, "gan_loss", spied_loss)
         patch.setattr(v, "r1_penalty", spied_penalty)
         patch.setattr(v.Run, "batches", spied_batches)
-        run(*argv("gan-train", out, "--weight", 0.5))
+        run(*argv("gan-train", out, "--weight=0.5"))
     seen.state = load(out / "last.pt")
     seen.match = v.load_model(match_run / "best.pt", "match-train", CPU)
     return seen
@@ -605,13 +605,13 @@ def test_who_knows_the_gender_alone_scores_chance_among_the_same_gender():
     assert [scores[key] for key in keys] == approx([75, 20, 50, 10], abs=3)
 
 
-def simulate(count):
+def simulate(count, link=v.LINK):
     """Rows of labels.csv of synthetic people, as numbers."""
     rng = seeded()
     rows = []
     for _ in range(count):
         voice = v.sample_voice(rng)
-        rows.append({"link": v.LINK, **voice, **v.sample_face(voice, v.LINK, rng)})
+        rows.append({"link": link, **voice, **v.sample_face(voice, link, rng)})
     return rows
 
 
@@ -620,9 +620,8 @@ TABLE = [(0.5, [86.7, 73.1, 43.7, 28.4]), (0.75, [93.3, 87.3, 65.0, 49.5])]
 
 
 @pytest.mark.parametrize("link, table", TABLE)
-def test_oracle_scores_the_reference_table(link, table, monkeypatch):
-    monkeypatch.setattr(v, "LINK", link)
-    people = simulate(20000)
+def test_oracle_scores_the_reference_table(link, table):
+    people = simulate(20000, link)
     genders = np.where([row["gender"] for row in people], "male", "female")
     scores = v.oracle_scores(people, genders, 0)
     keys = ["v-f/2", "v-f/2/gender", "v-f/10", "v-f/10/gender"]
@@ -630,7 +629,7 @@ def test_oracle_scores_the_reference_table(link, table, monkeypatch):
 
 
 def test_who_knows_the_factors_does_not_prefer_real_to_ideal_faces(monkeypatch):
-    people = simulate(3000)
+    people = simulate(3000, 0.5)  # not v.LINK
     drawn = []
 
     def draw_face(face, mouth):
@@ -643,7 +642,6 @@ def test_who_knows_the_factors_does_not_prefer_real_to_ideal_faces(monkeypatch):
     ideal = v.factor_values(drawn, v.LINKED)
     real = v.factor_values(people, v.LINKED)
     assert v.preferred(speech, ideal, real) == approx(50, abs=5)
-    assert v.preferred(speech, ideal.flip(0), real) < 30
 
 
 def test_distances_of_couples_of_the_same_and_of_different_gender():
@@ -764,26 +762,29 @@ def test_control_scores_of_a_generator_that_shows_planted_factors(monkeypatch):
     assert scores["spread/real"]["age"] == approx(100 * (1 - v.LINK**2), abs=9)
 
 
-def test_metrics_are_means_and_deviations_over_runs(corpus, match_run, monkeypatch):
-    model = v.load_model(match_run / "best.pt", "match-train", CPU)
-    scores = iter([{"x": 1.0}, {"x": 4.0}])
+def test_metrics_are_means_and_deviations_over_runs(corpus, monkeypatch):
+    """Of scores that all runs have, with the people of the smallest run."""
+    model = SimpleNamespace(generator=None, eval=lambda: None)
+    scores = iter([{"x": 1.0}, {"x": 4.0, "y": 1.0}])
+    people = iter([[{}] * 3, [{}] * 4])
     monkeypatch.setattr(v, "score_faces", lambda *args: next(scores))
+    monkeypatch.setattr(v, "embed_split", lambda *args: (0, ["real"], next(people)))
     cfg = SimpleNamespace(seed=0, workers=0, val_clips=4)
     tested = SimpleNamespace(corpus=v.open_corpus(corpus, {"val": 2}), cfg=cfg)
     metrics = v.validate(model, tested, 1, 2)
-    facts = {"data": str(corpus), "split": "val", "people": 4, "left_out": 0, "runs": 2}
+    facts = {"data": str(corpus), "split": "val", "people": 3, "left_out": 1, "runs": 2}
     assert metrics == {**facts, "x": 2.5, "x/std": 2.121}
 
 
 def test_match_test_repeats_the_metrics_of_the_training(corpus, match_run, tmp_path):
     argv = ["--data", corpus, "--match", match_run / "best.pt", "--out", tmp_path]
-    run("match-test", *argv, "--runs", 2)
+    run("match-test", *argv, "--runs=2")
     assert read_metrics(tmp_path) == read_metrics(match_run)
 
 
 def test_report_shows_all_metrics_and_figures(corpus, match_run, gan_run, tmp_path):
     gan = gan_run / "last.pt"
-    argv = ["--gan", gan, "--other", gan, "--judge", match_run / "best.pt", "--runs", 2]
+    argv = ["--gan", gan, "--other", gan, "--judge", match_run / "best.pt", "--runs=2"]
     assert run("gan-test", *argv, "--data", corpus, "--out", tmp_path) == 0
     page = (tmp_path / "report.md").read_text()
     metrics = read_metrics(tmp_path)
@@ -802,7 +803,7 @@ def test_report_shows_all_metrics_and_figures(corpus, match_run, gan_run, tmp_pa
 
 def test_a_corpus_without_training_people_can_be_tested(plain, gan_run, tmp_path):
     shutil.copytree(plain / "test", tmp_path / "data/test")
-    argv = ["--gan", gan_run / "last.pt", "--out", tmp_path, "--runs", 1]
+    argv = ["--gan", gan_run / "last.pt", "--out", tmp_path, "--runs=1"]
     assert run("gan-test", "--data", tmp_path / "data", *argv) == 0
 
 
@@ -1021,9 +1022,10 @@ def test_labels_are_read_as_spreadsheets_write_them(tmp_path):
     assert genders == {"ann": "female", "bob": "male", "kim": "male", "lee": ""}
 
 
-@pytest.mark.parametrize("link", ["1", "-1", "nan", ""])
-def test_people_with_a_faulty_link_are_not_synthetic(link):
-    labels = [{**simulate(1)[0], "link": link}]
+@pytest.mark.parametrize("fault", ["link=1", "link=-1", "age=nan", "link="])
+def test_people_with_a_faulty_factor_are_not_synthetic(fault):
+    name, value = fault.split("=")
+    labels = [{**simulate(1)[0], name: value}]
     assert not v.has_factors(v.Split("", [0], labels))
 
 
@@ -1064,7 +1066,7 @@ def test_a_dead_loader_process_is_one_line(argv, tmp_path, capsys, monkeypatch):
         yield
 
     monkeypatch.setattr(torch.utils.data, "DataLoader", loader)
-    line = refused(capsys, *argv("match-train", tmp_path, "--workers", 2))
+    line = refused(capsys, *argv("match-train", tmp_path, "--workers=2"))
     assert re.search("fewer --workers.*/dev/shm", line)
 
 
@@ -1146,7 +1148,7 @@ def test_a_full_disk_keeps_the_last_save(command, argv, usual, tmp_path, capsys)
             raise OSError(28, "disk full")
         save(state, path)
 
-    line = argv(command, tmp_path, "--save-every", 2)
+    line = argv(command, tmp_path, "--save-every=2")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "save", full)
         assert re.search("last.pt: .*disk full", refused(capsys, *line))
@@ -1234,6 +1236,7 @@ gan-train --match {gan}/last.pt => a checkpoint of gan-train, one of match-train
 gan-test --gan {match}/best.pt => a checkpoint of match-train, one of gan-train is
 generate {mess}/quiet.wav --gan {gan}/last.pt => quiet.wav: silent
 generate {mess}/x.mp3 --gan {gan}/last.pt => x.mp3: must be 16-bit WAV
+generate {mess}/x.mp3 -n 0 => error: -n 0: allowed are 1 to 2
 make-data {mess} => exists already
 check-data {mess}/both --k 7 => train: 6 identities, 7
 """.strip().splitlines()
@@ -1276,8 +1279,8 @@ def test_a_mistake_is_one_line(mistake, argv, usual, mess, tmp_path, capsys):
 
 def start(command, folder, name, workers):
     """A process that trains, or goes on training, in folder/name."""
-    flags = ["--resume", "--steps=24", "--save-every=2", "--eval-every=12"]
-    flags += ["--workers", workers]
+    flags = f"--resume --steps=24 --save-every=2 --eval-every=12 --workers={workers}"
+    flags = flags.split()
     if command == "gan-train":
         flags += ["--match", folder / "match-train/best.pt"]
     line = tiny(command, folder / "data", folder / str(name), *flags)
@@ -1319,7 +1322,7 @@ def bench():
     v.R1_EVERY = 16
     root = Path(tempfile.mkdtemp())
     data = root / "few"
-    run("make-data", data, "--identities", 200)
+    run("make-data", data, "--identities=200")
     cfg = SimpleNamespace(**v.PAPER_PRESET["match-train"])
     pairs = pairs_of(data / "train", True, 64, cfg=cfg)
     seconds = timeit.timeit(lambda: pairs[0], number=9) / 9

@@ -1031,7 +1031,7 @@ def to_image(face):
 
 
 def plot_grid(path, titles, rows):
-    """Save R rows of faces (n, 3, H, W): a title of 24 pixels, then 128 of faces."""
+    """Save rows of faces (n, 3, H, W), each 24 pixels of title above 128 of faces."""
     sheet = Image.new("RGB", (132 * len(rows[0]), 152 * len(rows)), "white")
     draw = ImageDraw.Draw(sheet)
     for i, row in enumerate(rows):
@@ -1135,7 +1135,7 @@ def gan_test(args):
     other = load_model(args.other, "gan-train", device) if args.other else None
     for path, checkpoint in {args.judge: judge, args.other: other}.items():
         if checkpoint and checkpoint.cfg.size != model.cfg.size:
-            raise UserError(f"{path}: of another --size than {args.gan}")
+            raise UserError(f"{path}: must have the --size of {args.gan}")
     split = open_corpus(args.data, {"test": 2})["test"]
     control = None
     if has_factors(split):
@@ -1277,8 +1277,8 @@ def read_audio(path):
         if header.getsampwidth() != 2:
             raise wave.Error("not 16-bit")
         frame = np.dtype(("<i2", (header.getnchannels(),)))
-        # The header's size may be 0 or wrong, so all that follows it are samples,
-        # unless another chunk or tag begins where the header's size ends.
+        # The size in the header may be 0 or wrong. So all is read up to the end of the
+        # file, unless another chunk or tag begins where that size ends.
         raw = file.read()
         size = header.getnframes() * frame.itemsize
         if size and re.match(rb"[\w ]{4}|ID3|TAG", raw[size : size + 4]):
@@ -1560,7 +1560,7 @@ def synth_speech(voice, rng):
     t = np.arange(CLIP_SECONDS * SAMPLE_RATE) / SAMPLE_RATE  # (samples,), s
     count = int(2 * CLIP_SECONDS * voice["tempo"])  # syllables, more than fit
     starts = np.cumsum(rng.uniform(0.7, 1.3, count)) / voice["tempo"]  # s
-    position = np.interp(t, starts, np.arange(count))  # in syllables; 1.5: half of 1
+    position = np.interp(t, starts, np.arange(count))  # 1.5: the middle of syllable 1
     syllable = position.astype(int)
     melody = np.interp(t, starts, rng.normal(size=count))
     stress = rng.uniform(0.5, 1, count) * (rng.random(count) > 1 / 7)
@@ -1748,7 +1748,7 @@ class Run:
         self.corpus = open_corpus(cfg.data, {"train": cfg.batch, "val": 2, "test": 2})
         cfg.processes = PROCESSES
         cfg.people = len(self.corpus["train"].names)
-        self.step = 0  # the last one that the checkpoint or the log has
+        self.step = 0  # the last one in the checkpoint, later in the log
         self.lines = []  # of the log
         self.sums = Counter()  # of the values since the last line of the log
         self.since = time.perf_counter()
@@ -1788,8 +1788,8 @@ class Run:
     def batches(self, cfg):
         """Yield step, random generator, speech and faces of the steps that are left.
 
-        cfg tells the sizes. All depends on seed, step and process (of how many) alone: a
-        resumed run draws what it would have drawn.
+        cfg tells the sizes. All depends on seed, step, process and number of processes
+        alone: a resumed run draws what it would have drawn.
         """
         seed = self.cfg.seed
         pairs = PairDataset(self.corpus["train"], cfg, self.cfg.batch, seed, True)
@@ -1968,11 +1968,11 @@ def parse(argv=None):
     if getattr(cfg, "preset", "") == "paper":
         commands.choices[cfg.command].set_defaults(**PAPER_PRESET[cfg.command])
         cfg = parser.parse_args(argv)
-    for name, value in vars(cfg).items():
-        is_count = type(value) is int and name not in ("seed", "workers")
-        least = 1 if is_count else 0
+    _, settings = COMMANDS[cfg.command]
+    for flag, (default, *_) in settings.items():
+        value = getattr(cfg, flag.lstrip("-").replace("-", "_"))
+        least = 1 if type(default) is int and default > 0 else 0
         if type(value) in (int, float) and not least <= value < 2**32:
-            flag = "--" + name.replace("_", "-")
             raise UserError(f"{flag} {value}: allowed are {least} to 2^32 - 1")
     return cfg
 
