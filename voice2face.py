@@ -90,6 +90,7 @@ from collections import Counter, defaultdict, namedtuple
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import NormalDist
 
 import numpy as np
 import torch
@@ -129,16 +130,10 @@ def make_rng(seed):
 
 # ==== 1. Inference: two encoders and the K-way loss [paper §3.1] ======================
 
-# PASE's layers after its first: kernel, stride, channels / width.
-PASE_LAYERS = (  # [PASE]; after a sinc stride of 1, 96,000 samples give 600 frames
-    (20, 10, 1),
-    (11, 2, 2),
-    (11, 1, 2),
-    (11, 2, 4),
-    (11, 1, 4),
-    (11, 2, 8),
-    (11, 2, 8),
-)
+# PASE's layers after its first [PASE]; with a sinc stride of 1 in all 160 samples a frame.
+PASE_KERNELS = (20, 11, 11, 11, 11, 11, 11)
+PASE_STRIDES = (10, 2, 1, 2, 1, 2, 2)
+PASE_WIDTHS = (1, 2, 2, 4, 4, 8, 8)  # channels / width
 MIN_HZ = 50  # lowest cut-off and narrowest band of a sinc filter [SincNet]
 HZ_UNIT = 100  # cut-offs are learned in units of 100 Hz [ours]
 
@@ -160,10 +155,10 @@ class SincConv(nn.Module):
         super().__init__()
         self.padding = kernel_size // 2
         self.stride = stride
-        lowest = hz_to_mel(30)  # [SincNet]
-        highest = hz_to_mel(SAMPLE_RATE / 2 - 2 * MIN_HZ)  # [SincNet]
+        edges = np.array([30, SAMPLE_RATE / 2 - 2 * MIN_HZ])  # Hz [SincNet]
+        lowest, highest = 2595 * np.log10(1 + edges / 700)  # the mel scale
         mel = torch.linspace(lowest, highest, channels + 1)  # (C+1,)
-        hz = 700 * (10 ** (mel / 2595) - 1)  # (C+1,), the inverse of hz_to_mel
+        hz = 700 * (10 ** (mel / 2595) - 1)  # (C+1,), back from mel
         self.low = nn.Parameter(hz[:-1, None] / HZ_UNIT)  # (C, 1)
         self.band = nn.Parameter(hz.diff()[:, None] / HZ_UNIT)  # (C, 1)
         taps = torch.arange(kernel_size) - kernel_size // 2  # (M,)
@@ -187,11 +182,6 @@ class SincConv(nn.Module):
         return F.conv1d(x, self.filters()[:, None], stride=self.stride)  # (B, C, L)
 
 
-def hz_to_mel(hz):
-    """The mel scale, in which equal steps sound about equally large [SincNet]."""
-    return 2595 * math.log10(1 + hz / 700)
-
-
 def l2_normalize(x, scale):
     """(B, D) -> scale x / |x|, so inner products are scale^2 cos(angle) [ours]."""
     return scale * F.normalize(x, dim=1)
@@ -211,7 +201,7 @@ class SpeechEncoder(nn.Module):
         sinc = SincConv(width, stride=sinc_stride)
         layers = [sinc, nn.BatchNorm1d(width), nn.PReLU(width, init=0.0)]  # [PASE]
         channels = width
-        for kernel, stride, multiple in PASE_LAYERS:
+        for kernel, stride, multiple in zip(PASE_KERNELS, PASE_STRIDES, PASE_WIDTHS):
             out = multiple * width
             layers += [
                 nn.ReflectionPad1d((kernel - 1) // 2),
@@ -557,17 +547,12 @@ GAN_SETTINGS = {
     "--ema-decay": (0.998, "of the running average of G's weights [ours]"),
     "--eval-every": (1000, "steps between validations and samples"),
 }
-LONG = {"batch": 64, "steps": 200_000, "eval_every": 2000, "save_every": 1000}
-PAPER_PRESET = {  # sizes as in the sources above, the rest [ours]
-    "match-train": {
-        **LONG,
-        "seconds": 6.0,
-        "size": 128,
-        "sinc_stride": 1,
-        "speech_width": 64,
-        "face_width": 64,
-    },
-    "gan-train": {**LONG, "width": 64, "lr": 2e-4, "d_lr": 2e-4, "ema_decay": 0.999},
+# The flags that --preset paper stands for: sizes as in the sources above, the rest [ours].
+LONG = "--batch 64 --steps 200000 --eval-every 2000 --save-every 1000 "
+PAPER_SIZES = "--seconds 6 --size 128 --sinc-stride 1 --speech-width 64 --face-width 64"
+PAPER_PRESET = {
+    "match-train": LONG + PAPER_SIZES,
+    "gan-train": LONG + "--width 64 --lr 2e-4 --d-lr 2e-4 --ema-decay 0.999",
 }
 MOMENTUM = 0.9  # of SGD [ours]
 GRAD_CLIP = 1.0  # match-train cuts longer gradients to this length [ours]
@@ -638,7 +623,7 @@ def match_train(cfg):
 
         run.log(step, loss=loss, accuracy=100 * top1(logits).mean())
         if run.is_due(step, cfg.eval_every):
-            metrics = validate(model, run, step, cfg.runs)
+            metrics = validate(model, {}, run, step, cfg.runs)
             model.train()
             # 2-way where fewer than 10 people validate
             score = metrics.get(f"{cfg.direction}/10", metrics[f"{cfg.direction}/2"])
@@ -649,7 +634,7 @@ def match_train(cfg):
             run.save("last.pt", parts, step, best=best)
     if RANK == 0:
         best_model = load_model(run.folder / "best.pt", "match-train", run.device)
-        report(best_model, run.corpus["test"], cfg)
+        report(best_model, {}, run.corpus["test"], cfg)
 
 
 def make_adam(network, lr, steps):
@@ -678,6 +663,7 @@ def gan_train(cfg):
     parts |= {"d_optimizer": d_optimizer, "d_schedule": d_schedule}
     cfg.stage_one = vars(model.cfg)  # saved with G: the sizes of S and F
     run.resume(parts)
+    generators = {"generated": model}
     g_net = distribute(generator)
     d_net = distribute(discriminator)
 
@@ -712,12 +698,12 @@ def gan_train(cfg):
         identity = inner(c_pos - c_neg, d_real[0]).mean()  # > 0: D knows who fits whom
         run.log(step, loss_d=loss_d, loss_g=loss_g, identity=identity)
         if run.is_due(step, cfg.eval_every):
-            validate(model, run, step, runs=1)
+            validate(model, generators, run, step, runs=1)
             plot_figures(model, run.corpus["val"], run.folder / f"samples/{step:06}")
         if run.is_due(step, cfg.save_every):
             run.save("last.pt", parts, step)
     if RANK == 0:
-        report(model, run.corpus["test"], cfg)
+        report(model, generators, run.corpus["test"], cfg)
 
 
 # ==== 4. Evaluation: K-way tests, QTA 1 to 3, what c and z control [paper §4] =========
@@ -729,38 +715,33 @@ GALLERY = 5000  # faces among which one is searched, at most [paper §4]
 
 
 @torch.no_grad()
-def embed_split(model, judge, other, split, seed, workers):
+def embed_split(judge, generators, split, seed, workers):
     """One pair of each identity, as the judge's S and F see it.
 
     Returns c (N, D); faces {kind: (N, D)}, embeddings before L2 normalisation; the N
-    identities' rows of labels.csv. Kinds: real, generated, other (by another generator)
-    and ideal faces.
+    identities' rows of labels.csv. Kinds: those of the generators, real and ideal.
     """
-    judge = judge or model
-    synthetic = has_factors(split)
     rng = make_rng(seed)
     ideal_rng = np.random.default_rng(seed)
-    pairs = PairDataset(split, model.cfg, TEST_BATCH, seed)
+    pairs = PairDataset(split, judge.cfg, TEST_BATCH, seed)
     numbers = range(math.ceil(len(split.names) / TEST_BATCH))
     c = []
     faces = defaultdict(list)
     people = []
-    for speech, real, names in load_batches(pairs, numbers, workers, model.device):
-        rows = [split.labels.get(name, {}) for name in names]
-        z = sample_z(len(rows), rng, model.device)  # (B, D)
-        images = {}  # the first kind is the report's first column
-        if model.generator:
-            images["generated"] = model(speech, z)
+    for speech, real, names in load_batches(pairs, numbers, workers, judge.device):
+        rows = [split.labels[name] for name in names]
+        z = sample_z(len(names), rng, judge.device)  # (B, D)
+        images = {}
+        for kind, model in generators.items():
+            images[kind] = model(speech, z)  # (B, 3, H, W)
         images["real"] = real
-        if other:
-            images["other"] = other(speech, z)
-        if model.generator and synthetic:
-            images["ideal"] = ideal_faces(rows, model.cfg.size, ideal_rng)
+        if generators and has_factors(split):
+            images["ideal"] = ideal_faces(rows, judge.cfg.size, ideal_rng).to(z.device)
         c.append(judge.speech_encoder(speech).cpu())
         for kind, image in images.items():
-            faces[kind].append(judge.face_encoder.embed(image.to(model.device)).cpu())
+            faces[kind].append(judge.face_encoder.embed(image).cpu())
         people += rows
-    faces = {kind: torch.cat(rows) for kind, rows in faces.items()}
+    faces = {kind: torch.cat(batches) for kind, batches in faces.items()}
     return torch.cat(c), faces, people
 
 
@@ -800,8 +781,7 @@ def preferred(speech, first, second):
 
 def cosine_distances(c, faces, genders, seed):
     """QTA 1 of random couples: {"all": (CD(c1, c2), CD(fe1, fe2)), ...}, (n,) each."""
-    rng = make_rng(seed)
-    other = sample_candidates(len(c), 2, rng)[:, 1]  # (N,)
+    other = sample_candidates(len(c), 2, make_rng(seed))[:, 1]  # (N,)
     cd_c = 1 - F.cosine_similarity(c, c[other])  # (N, D) -> (N,)
     cd_faces = 1 - F.cosine_similarity(faces, faces[other])  # (N, D) -> (N,)
     same = genders == genders[other]  # (N,)
@@ -813,32 +793,31 @@ def cosine_distances(c, faces, genders, seed):
 
 
 def pearson(x, y):
-    """Correlations of the columns of x and y, (n, E) -> (E,); NaN where n < 2."""
-    x = x - x.mean(0)
-    y = y - y.mean(0)
-    return (x * y).sum(0) / (x.square().sum(0) * y.square().sum(0)).sqrt()
-
-
-def recall(name, distances):
-    """{name/k: R@k in percent} of distances (R, R); face i is that of query i."""
-    own = distances.diagonal()[:, None]  # (R, 1)
-    rank = (distances <= own).sum(1)  # (R, R) -> (R,); 1 is the nearest, 0 means NaN
-    return {f"{name}/{k}": percent((1 <= rank) & (rank <= k)) for k in (1, 2, 5, 10)}
+    """Correlations of the columns of x and y, (n, E) -> (E,): cosines, once centred."""
+    return F.cosine_similarity(x - x.mean(0), y - y.mean(0), dim=0)
 
 
 def table_3(queries, gallery, seed):
-    """QTA 3, Table 3: recall by three distances in a random gallery; (N, D) each.
+    """QTA 3, Table 3: R@k in percent by three distances in a random gallery.
 
-    They differ, as the embeddings are those before L2 normalisation [ours].
+    Queries and faces (N, D) are embeddings before L2 normalisation [ours], so that the
+    distances differ; face i is that of query i.
     """
-    rng = make_rng(seed)
-    rows = torch.randperm(len(gallery), generator=rng)[:GALLERY]
+    rows = torch.randperm(len(gallery), generator=make_rng(seed))[:GALLERY]
     queries = queries[rows]  # (R, D)
     gallery = gallery[rows]  # (R, D)
-    scores = recall("retrieval/L1", torch.cdist(queries, gallery, p=1.0))
-    scores |= recall("retrieval/L2", torch.cdist(queries, gallery))
-    cosine = F.normalize(queries) @ F.normalize(gallery).T  # (R, R)
-    return scores | recall("retrieval/cosine", -cosine)
+    distances = {  # (R, R) each
+        "L1": torch.cdist(queries, gallery, p=1.0),
+        "L2": torch.cdist(queries, gallery),
+        "cosine": -F.normalize(queries) @ F.normalize(gallery).T,
+    }
+    scores = {}
+    for name, distance in distances.items():
+        own = distance.diagonal()[:, None]  # (R, 1)
+        rank = (distance <= own).sum(1)  # (R, R) -> (R,); 1: the nearest, 0: NaN
+        for k in (1, 2, 5, 10):
+            scores[f"retrieval/{name}/{k}"] = percent((1 <= rank) & (rank <= k))
+    return scores
 
 
 def score_faces(c, faces, kind, genders, seed):
@@ -883,19 +862,17 @@ def oracle_scores(people, genders, seed):
     return k_way(voices, faces, genders, seed)
 
 
-def evaluate(model, split, cfg, runs, judge=None, other=None):
+def evaluate(judge, generators, split, cfg, runs):
     """Test a split: metrics, and the same as a table, {kind: {score: text}}.
 
     Metrics are the split's name and size and {key: mean over runs, key/std: std}. Keys
-    of generated faces are like "v-f/2", those of other kinds like "real/v-f/2". Without
-    a generator the real faces have the short keys.
+    of the first kind of faces are like "v-f/2", those of others like "real/v-f/2".
     """
-    main_kind = "generated" if model.generator else "real"
     collected = defaultdict(list)
     counts = []
     for run in range(runs):
         seed = cfg.seed + 1000 * (run + 1)
-        c, faces, people = embed_split(model, judge, other, split, seed, cfg.workers)
+        c, faces, people = embed_split(judge, generators, split, seed, cfg.workers)
         counts.append(len(people))
         genders = np.array([gender_of(row) for row in people])
         tests = {kind: score_faces(c, faces, kind, genders, seed) for kind in faces}
@@ -911,7 +888,8 @@ def evaluate(model, split, cfg, runs, judge=None, other=None):
         "left_out": len(split.names) - min(counts),
         "runs": runs,
     }
-    table = defaultdict(dict)
+    table = {kind: {} for kind in tests}
+    main_kind, *_ = tests
     for (kind, name), scores in collected.items():
         if len(scores) < runs:  # too few people in some run
             continue
@@ -930,11 +908,12 @@ def rounded(x):
     return round(float(x), 3) if math.isfinite(x) else None
 
 
-def validate(model, run, step, runs):
+def validate(model, generators, run, step, runs):
     """Test at most --val-clips people, without labels; print and return the scores."""
     split = subsample(run.corpus["val"], max(2, run.cfg.val_clips))
+    split = split._replace(labels=defaultdict(dict))
     model.eval()
-    metrics, _ = evaluate(model, split._replace(labels={}), run.cfg, runs)
+    metrics, _ = evaluate(model, generators, split, run.cfg, runs)
     shown = ("preferred", "v-f/2", "v-f/10", "f-v/2", "f-v/10")
     texts = [f"{key} {metrics[key]} % " for key in shown if key in metrics]
     print(f"step {step} val ", *texts, flush=True)
@@ -956,14 +935,6 @@ def fit_probe(faces, targets, noise=0.1):
     x = pixels(faces)  # (N, M)
     ridge = len(x) * noise**2 * torch.eye(x.shape[1])  # (M, M)
     return torch.linalg.solve(x.T @ x + ridge, x.T @ targets)  # (M, E)
-
-
-def variance_shares(read):
-    """Percent of the variance of read (V, Z, E) due to voice or z alone; (E,) each."""
-    total = read.var((0, 1), correction=0)  # (E,)
-    by_voice = read.mean(1).var(0, correction=0)  # (V, Z, E) -> (V, E) -> (E,)
-    by_noise = read.mean(0).var(0, correction=0)  # (V, Z, E) -> (Z, E) -> (E,)
-    return 100 * by_voice / total, 100 * by_noise / total
 
 
 def sample_people(split, model, count, seed=0):
@@ -988,19 +959,18 @@ def control_scores(model, train, test, noises=16):
     voice = factor_values(people, VOICE_FACTORS)  # (V, 4), in the order of FACTORS[:4]
     real = pixels(faces) @ probe  # (V, E)
     z = sample_z(noises, make_rng(0), model.device)  # (Z, D)
-    read = []
-    for row in speech.split(1):  # (1, T)
-        generated = model(row, z)  # (Z, 3, H, W)
-        read.append(pixels(generated) @ probe)  # (Z, E)
-    read = torch.stack(read)  # (V, Z, E)
+    # A voice at a time: (1, T), (Z, D) -> (Z, 3, H, W) -> (Z, E), in all (V, Z, E).
+    read = torch.stack([pixels(model(row, z)) @ probe for row in speech.split(1)])
 
-    by_voice, by_noise = variance_shares(read)
+    total = read.var((0, 1), correction=0)  # (V, Z, E) -> (E,)
+    by_voice = read.mean(1).var(0, correction=0)  # (V, Z, E) -> (V, E) -> (E,)
+    by_noise = read.mean(0).var(0, correction=0)  # (V, Z, E) -> (Z, E) -> (E,)
     given = voice.repeat_interleave(noises, 0)  # (V Z, 4)
     r = pearson(read[:, :, :4].flatten(0, 1), given)  # (4,)
     r_real = pearson(real[:, :4], voice)  # (4,)
     columns = {
-        "c": by_voice,  # percent of the variance due to c alone
-        "z": by_noise,  # due to z alone
+        "c": 100 * by_voice / total,  # percent of the variance due to c alone
+        "z": 100 * by_noise / total,  # due to z alone
         "voice": r,  # correlation with the voice's factor
         "spread": 100 * (1 - r**2),  # percent of the variance left given the voice
         "spread/real": 100 * (1 - r_real**2),  # the same of real faces
@@ -1090,7 +1060,7 @@ def plot_figures(model, split, folder, seed=0):
     for name, columns in figures.items():
         rows = torch.stack([real, *columns], dim=1)  # (R, n, 3, H, W)
         plot_grid(folder / f"{name}.png", names[:6], rows)
-    genders = np.array([gender_of(split.labels.get(name, {})) for name in names])
+    genders = np.array([gender_of(split.labels[name]) for name in names])
     couples = cosine_distances(c.cpu(), fe.cpu(), genders, seed)
     plot_scatter(folder / "fig5.png", couples)
 
@@ -1103,9 +1073,9 @@ def make_table(columns):
     return "".join("| " + " | ".join(line) + " |\n" for line in lines) + "\n"
 
 
-def report(model, split, cfg, judge=None, other=None, control=None):
+def report(judge, generators, split, cfg, control=None):
     """Test; write OUT/metrics.json; print and return the scores as tables."""
-    metrics, table = evaluate(model, split, cfg, cfg.runs, judge, other)
+    metrics, table = evaluate(judge, generators, split, cfg, cfg.runs)
     table["paper"] = PAPER_RESULTS
     caption = "{data}/{split}: {people} people, {left_out} left out; {runs} runs, ± std"
     text = caption.format(**metrics) + "\n\n" + make_table(table)
@@ -1124,27 +1094,28 @@ def match_test(args):
     """Test trained encoders: both directions, K = 2 and 10."""
     model = load_model(args.match, "match-train", find_device(args.device))
     corpus = open_corpus(args.data, {args.split: 2})
-    report(model, corpus[args.split], args)
+    report(model, {}, corpus[args.split], args)
 
 
 def gan_test(args):
     """Write the paper's tables and figures: report.md, fig2.png ..., metrics.json."""
     device = find_device(args.device)
-    model = load_model(args.gan, "gan-train", device)
-    judge = load_model(args.judge, "match-train", device) if args.judge else None
-    other = load_model(args.other, "gan-train", device) if args.other else None
-    for path, checkpoint in {args.judge: judge, args.other: other}.items():
-        if checkpoint and checkpoint.cfg.size != model.cfg.size:
-            raise UserError(f"{path}: must have the --size of {args.gan}")
+    model = judge = load_model(args.gan, "gan-train", device)
+    generators = {"generated": model}
+    if args.judge:
+        judge = load_model(args.judge, "match-train", device)
+    if args.other:
+        generators["other"] = load_model(args.other, "gan-train", device)
+    if len({network.cfg.size for network in (judge, *generators.values())}) > 1:
+        raise UserError(f"--judge, --other: must have the --size of {args.gan}")
     split = open_corpus(args.data, {"test": 2})["test"]
     control = None
-    if has_factors(split):
-        # Only a synthetic corpus needs its train split. Opened together, they are
-        # known to share nobody.
+    if has_factors(split) and Path(args.data, "train").is_dir():
+        # Opened together, train and test are known to share nobody.
         train = open_corpus(args.data, {"train": 2, "test": 2})["train"]
         if has_factors(train):
             control = control_scores(model, train, split)
-    page = f"# {args.gan}\n\n" + report(model, split, args, judge, other, control)
+    page = f"# {args.gan}\n\n" + report(judge, generators, split, args, control)
     plot_figures(model, split, Path(args.out), args.seed)
     for number in range(2, 7):
         page += f"![Figure {number}](fig{number}.png)\n\n"
@@ -1223,9 +1194,9 @@ def subsample(split, count):
 
 
 def read_labels(data):
-    """labels.csv as {identity: {column: text}}; {} without one. Only tests use it."""
+    """labels.csv as {identity: {column: text}}, {} for others. Only tests use it."""
     path = Path(data, "labels.csv")
-    labels = {}
+    labels = defaultdict(dict)
     if not os.path.lexists(path):
         return labels
     with explain(f"{path}: must be CSV in UTF-8 with a column 'identity'"):
@@ -1294,8 +1265,8 @@ def spare_moment(path, x, moment):
     """The parts of speech x (T,) from before and after an image's moment (s), or [x].
 
     Speech and face come from different time frames [paper §4]: TIME_GUARD is left out
-    on both sides. Raises UserError if the moment is after the end, or if neither part
-    has MIN_SPEECH.
+    on both sides. Parts that are silent or shorter than MIN_SPEECH are left out, too.
+    Raises UserError if no part is left, or if the moment is after the end.
     """
     parts = [x]
     if moment is not None:
@@ -1304,9 +1275,19 @@ def spare_moment(path, x, moment):
         before = max(0, math.floor((moment - TIME_GUARD) * SAMPLE_RATE))
         after = math.ceil((moment + TIME_GUARD) * SAMPLE_RATE) + 1  # strictly after
         parts = [x[:before], x[after:]]
-    if max(map(len, parts)) < MIN_SPEECH * SAMPLE_RATE:
-        raise UserError(f"{path}: under {MIN_SPEECH} s of speech (beside its image)")
+    least = MIN_SPEECH * SAMPLE_RATE
+    parts = [part for part in parts if len(part) >= least and not is_silent(part)]
+    if not parts:
+        raise UserError(f"{path}: silent or under {MIN_SPEECH} s (beside its image)")
     return parts
+
+
+def is_silent(x):
+    """Whether fewer than MIN_SOUND of the slices of x (T,) have a sound."""
+    slices = x[: len(x) // 350 * 350 : 7].reshape(
+        50, -1
+    )  # a 7th of the samples will do
+    return np.mean(slices.std(1) > SILENCE) < MIN_SOUND
 
 
 def sample_window(parts, length, rng):
@@ -1330,13 +1311,13 @@ def load_speech(path, seconds=None, rng=None, moment=None):
     """
     x = read_audio(path)
     parts = spare_moment(path, x, moment)
-    if seconds:
-        length = round(seconds * SAMPLE_RATE)
-        x = sample_window(parts, length, rng)
-    slices = x[: len(x) // 50 * 50].reshape(50, -1)  # of equal length, (50, T / 50)
-    if np.mean(slices.std(1) > SILENCE) < MIN_SOUND:
-        raise UserError(f"{path}: silent")
-    return np.resize(x, length) if seconds else x  # repeats x up to this length
+    if not seconds:
+        return x
+    length = round(seconds * SAMPLE_RATE)
+    window = sample_window(parts, length, rng)
+    if is_silent(window):
+        raise UserError(f"{path}: silent for {seconds} s")
+    return np.resize(window, length)  # repeats it up to this length
 
 
 def load_face(path, size):
@@ -1445,13 +1426,13 @@ def load_batches(pairs, numbers, workers, device):
 def check_data(args):
     """Read all files of a corpus; print what it holds, what is unused or wrong."""
     corpus = open_corpus(args.folder, dict.fromkeys(SPLITS, args.k))
-    labels = read_labels(args.folder)
+    nobody = set(corpus["test"].labels)  # in the corpus, but in labels.csv
     used = {Path(args.folder, "labels.csv")}
     faults = []
     for split in corpus.values():
         used |= check_split(split, faults)
-        rows = [labels.pop(name, {}) for name in split.names]
-        genders = Counter(row.get("gender", "") for row in rows)
+        nobody -= set(split.names)
+        genders = Counter(split.labels[name].get("gender", "") for name in split.names)
         for text, count in genders.items():
             gender = gender_of({"gender": text}) or "unknown"
             print(f"  {count} people of gender {text!r}: {gender}")
@@ -1460,7 +1441,7 @@ def check_data(args):
         if path not in used and not path.is_dir():
             depth = len(path.relative_to(args.folder).parts)  # 4 is a clip's file
             unused[f"files {'*/' * (depth - 1)}*{path.suffix}"].append(path)
-    unused["rows of labels.csv"] += labels
+    unused["rows of labels.csv"] += nobody
     for kind, found in unused.items():
         if found:
             print(f"not used: {len(found)} {kind}, such as {min(found)}")
@@ -1519,6 +1500,7 @@ BACKGROUND = ("#7eb8e2", "#f6b08e")  # from blue to peach
 INK = "#221c24"
 CLOTHES = "#606ea0"
 LIPS = "#ce3e48"
+to_uniform = NormalDist().cdf  # standard normals become uniform in 0 ... 1
 
 
 def sample_voice(rng):
@@ -1545,18 +1527,13 @@ def sample_face(voice, link, rng):
     return face
 
 
-def normal_cdf(x):
-    """The standard normal's distribution function: normal numbers become uniform."""
-    return 0.5 + 0.5 * math.erf(x / math.sqrt(2))
-
-
 def synth_speech(voice, rng):
     """A clip of speech, int16 (samples,): a source through a mouth's resonances.
 
     Gender sets the pitch. With age it falls and breath joins. A long tract lowers the
     resonances, a sturdy build adds bass. One syllable in seven is a pause.
     """
-    age, tract, build = (normal_cdf(voice["voice_" + name]) for name in LINKED)
+    age, tract, build = (to_uniform(voice["voice_" + name]) for name in LINKED)
     t = np.arange(CLIP_SECONDS * SAMPLE_RATE) / SAMPLE_RATE  # (samples,), s
     count = int(2 * CLIP_SECONDS * voice["tempo"])  # syllables, more than fit
     starts = np.cumsum(rng.uniform(0.7, 1.3, count)) / voice["tempo"]  # s
@@ -1598,7 +1575,7 @@ def face_ellipses(face, mouth):
     tract in a long head; build in neck and shoulders.
     """
     male = face["gender"]
-    age, tract, build = (normal_cdf(face[name]) for name in LINKED)
+    age, tract, build = (to_uniform(face[name]) for name in LINKED)
     skin = blend(*SKIN, face["skin"])
     shade = blend(skin, INK, 0.2)
     crease = blend(skin, INK, 0.5 * age)
@@ -1746,6 +1723,7 @@ class Run:
         if PROCESSES > 1:  # a day: the others wait while the first makes data or tests
             distributed.init_process_group(timeout=datetime.timedelta(days=1))
         self.corpus = open_corpus(cfg.data, {"train": cfg.batch, "val": 2, "test": 2})
+        cfg.data = str(Path(cfg.data))  # d/ becomes d, which --resume compares
         cfg.processes = PROCESSES
         cfg.people = len(self.corpus["train"].names)
         self.step = 0  # the last one in the checkpoint, later in the log
@@ -1878,55 +1856,44 @@ def make_folder(path):
 
 # ==== 9. Command line =================================================================
 
-GAN = ("runs/gan/last.pt", "checkpoint of gan-train")
+MATCH_TEST_SETTINGS = {
+    **TEST_SETTINGS,
+    "--match": GAN_SETTINGS["--match"],
+    "--split": ("test", "part of the corpus", *SPLITS),
+    "--out": ("runs/match-test", "folder for metrics.json"),
+}
+GAN_TEST_SETTINGS = {
+    **TEST_SETTINGS,
+    "--gan": ("runs/gan/last.pt", "checkpoint of gan-train"),
+    "--judge": ("", "checkpoint of a match-train: its S and F make the tables"),
+    "--other": ("", "checkpoint of a gan-train to compare with [paper §4]"),
+    "--out": ("runs/gan/report", "folder for report.md, figures, metrics.json"),
+}
+GENERATE_SETTINGS = {
+    "speech": (None, "recordings"),
+    "--gan": GAN_TEST_SETTINGS["--gan"],
+    "-n": (8, "faces per recording"),
+    "--seed": SEED,
+    "--device": DEVICE,
+    "--out": ("faces.png", "NAME.png: a labelled grid; else a folder of PNGs"),
+}
+MAKE_DATA_SETTINGS = {
+    "folder": (None, "where to write the corpus"),
+    "--seed": SEED,
+    "--identities": (2400, "people; 0.06 of them validate, 0.14 test"),
+}
+CHECK_DATA_SETTINGS = {
+    "folder": (None, "a corpus"),
+    "--k": (10, "identities that each split needs"),
+}
 COMMANDS = {
     "match-train": (match_train, MATCH_SETTINGS),
     "gan-train": (gan_train, GAN_SETTINGS),
-    "match-test": (
-        match_test,
-        {
-            **TEST_SETTINGS,
-            "--match": GAN_SETTINGS["--match"],
-            "--split": ("test", "part of the corpus", "test", "val", "train"),
-            "--out": ("runs/match-test", "folder for metrics.json"),
-        },
-    ),
-    "gan-test": (
-        gan_test,
-        {
-            **TEST_SETTINGS,
-            "--gan": GAN,
-            "--judge": ("", "checkpoint of a match-train: its S and F make the tables"),
-            "--other": ("", "checkpoint of a gan-train to compare with [paper §4]"),
-            "--out": ("runs/gan/report", "folder for report.md, figures, metrics.json"),
-        },
-    ),
-    "generate": (
-        generate,
-        {
-            "speech": (None, "recordings"),
-            "--gan": GAN,
-            "-n": (8, "faces per recording"),
-            "--seed": SEED,
-            "--device": DEVICE,
-            "--out": ("faces.png", "NAME.png: a labelled grid; else a folder of PNGs"),
-        },
-    ),
-    "make-data": (
-        make_data,
-        {
-            "folder": (None, "where to write the corpus"),
-            "--seed": SEED,
-            "--identities": (2400, "people; 0.06 of them validate, 0.14 test"),
-        },
-    ),
-    "check-data": (
-        check_data,
-        {
-            "folder": (None, "a corpus"),
-            "--k": (10, "identities that each split needs"),
-        },
-    ),
+    "match-test": (match_test, MATCH_TEST_SETTINGS),
+    "gan-test": (gan_test, GAN_TEST_SETTINGS),
+    "generate": (generate, GENERATE_SETTINGS),
+    "make-data": (make_data, MAKE_DATA_SETTINGS),
+    "check-data": (check_data, CHECK_DATA_SETTINGS),
 }
 
 
@@ -1952,8 +1919,8 @@ def add_setting(parser, flag, default, meaning, *choices):
         )
 
 
-def parse(argv=None):
-    """The settings of a command line; the preset's where no flag is given.
+def parse(argv):
+    """The settings of a command line.
 
     Raises UserError for NaN, a negative number, or a count of 0.
     """
@@ -1966,8 +1933,8 @@ def parse(argv=None):
             add_setting(subparser, flag, *setting)
     cfg = parser.parse_args(argv)
     if getattr(cfg, "preset", "") == "paper":
-        commands.choices[cfg.command].set_defaults(**PAPER_PRESET[cfg.command])
-        cfg = parser.parse_args(argv)
+        command, *flags = argv  # a flag of the user's comes last, so it counts
+        cfg = parser.parse_args([command, *PAPER_PRESET[command].split(), *flags])
     _, settings = COMMANDS[cfg.command]
     for flag, (default, *_) in settings.items():
         value = getattr(cfg, flag.lstrip("-").replace("-", "_"))
@@ -1977,7 +1944,7 @@ def parse(argv=None):
     return cfg
 
 
-def main(argv=None):
+def main(argv):
     """Run a command; exit code 0, 1 faulty corpus, 2 reported error, 130 Ctrl-C."""
     if RANK > 0:
         sys.stdout = None  # the first process speaks
@@ -2004,7 +1971,7 @@ def main(argv=None):
 if __name__ == "__main__":
     if hasattr(sys.stdout, "reconfigure"):  # not in a notebook, nor where it is closed
         sys.stdout.reconfigure(errors="backslashreplace")  # not every console has UTF-8
-    exit_code = main()
+    exit_code = main(sys.argv[1:])
     if distributed.is_initialized():  # gloo can crash at a normal exit
         print(end="", flush=True)
         os._exit(exit_code)
