@@ -357,7 +357,7 @@ def copies(tensors):
 def spy_steps(patch):
     """Optimizers' weights; before each step the gradients, copies of all weights."""
     seen = SimpleNamespace(weights=[], gradients=[], values=[])
-    make_schedule = v.make_schedule
+    make_scheduler = v.make_scheduler
 
     def record(optimizer, *_):
         weights = optimizer.param_groups[0]["params"]
@@ -367,9 +367,9 @@ def spy_steps(patch):
     def spied(optimizer, *args):
         seen.weights.append(optimizer.param_groups[0]["params"])
         optimizer.register_step_pre_hook(record)
-        return make_schedule(optimizer, *args)
+        return make_scheduler(optimizer, *args)
 
-    patch.setattr(v, "make_schedule", spied)
+    patch.setattr(v, "make_scheduler", spied)
     return seen
 
 
@@ -409,7 +409,7 @@ def test_best_is_what_validated_best(argv, tmp_path, monkeypatch):
 
 def test_learning_rate_rises_stays_and_falls():
     optimizer = torch.optim.SGD([torch.zeros(1)], 1.0)
-    (factor,) = v.make_schedule(optimizer, 20, 0.1).lr_lambdas
+    (factor,) = v.make_scheduler(optimizer, 20, 0.1).lr_lambdas
     rates = [factor(step) for step in range(20)]
     fall = np.arange(9, 0, -1) / 10
     np.testing.assert_allclose(rates, [0.5, *[1] * 10, *fall], rtol=1e-12)
@@ -991,10 +991,17 @@ def test_silence_beside_the_moment_is_a_fault_and_never_speech(tmp_path):
     silence = np.zeros(48000)
     middle = silence.copy()
     middle[20000:28000] = noise(8000)
-    with pytest.raises(v.UserError, match="silent or under"):
+    with pytest.raises(v.UserError, match="silent or under 0.5 s beside .* 1.5 s"):
         v.spare_moment("", middle, 1.5)
     (part,) = v.spare_moment("", np.r_[noise(24000), silence[:24000]], 1.8)
     assert len(part) == 24000
+
+
+def test_a_window_is_no_pause(tmp_path):
+    """Where a second of 9 has a sound."""
+    write_wav(tmp_path / "x.wav", np.r_[np.zeros(64000), TONE, np.zeros(64000)])
+    for seed in range(20):
+        assert v.load_speech(tmp_path / "x.wav", 1.0, seeded(seed)).any()
 
 
 def test_a_face_is_the_upright_central_square(tmp_path):
@@ -1088,6 +1095,9 @@ def test_check_data_lists_each_fault_and_all_that_is_unused(tmp_path, capsys):
     write_image(first / "tiny.png", (9, 9, 9), size=(16, 99))
     for name in ("cut.wav", "e.WAV", "f.jpg", "._x.jpg", "notes.txt"):
         (first / name).write_bytes(b"nonsense")
+    linked = (tmp_path / "val/val1").rename(tmp_path / "elsewhere")
+    (tmp_path / "val/val1").symlink_to(linked)
+    (linked / "клип 1/other.webp").write_bytes(b"")
     (tmp_path / "val/val3/клип 1/речь.wav").unlink()
     (tmp_path / "test/test5/клип 1/500.png").unlink()
     (tmp_path / "test/stray.jpg").symlink_to(first / "500.png")
@@ -1098,7 +1108,7 @@ def test_check_data_lists_each_fault_and_all_that_is_unused(tmp_path, capsys):
     for fault in FAULTS.split():
         assert len(re.findall(f"fault: .*{fault}", out)) == 1, fault
     assert "\n10 faults" in out
-    assert out.count("not used: 1 files */*/*/*.") == 3
+    assert out.count("not used: 1 files */*/*/*.") == 4
     assert "not used: 2 files */*.jpg, such as" in out
     assert "not used: 1 rows of labels.csv, such as nobody" in out
 

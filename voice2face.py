@@ -26,18 +26,19 @@ Symbols
     paper   here                  shape         meaning
     s       speech                (B, T)        waveforms, 16 kHz, in [-1, 1]
     f       faces, real, fake     (B, 3, H, W)  images, RGB, in [-1, 1]
-    se, fe  speech_emb, face_emb  (B, D)        embeddings S(speech), F(faces)
-    c+, c-  c_pos, c_neg          (B, D)        S of the face's own voice, of another
+            speech_emb, face_emb  (B, D)        embeddings S(speech), F(faces)
+    c, fe   c, fe                 (N, D)        the same in tests; c is a condition, too
+    c+, c-  c_pos, c_neg          (B, D)        c of the face's own voice, of another
     z       z                     (B, D)        Gaussian noise
     phi     phi                   (B, D)        face embeddings by D's copy of F
     psi     psi                   (B,)          how real a face looks, for any voice
     V-F     "v-f"                               pick a face for a voice; F-V: reverse
 
     Dimensions: B batch, K candidates (1 positive, K - 1 negatives), T samples,
-    L frames, C channels, H W height and width, M filter taps or pixels, D = 128
-    embedding, N identities of a test, n rows of any number, R faces of a gallery or
-    rows of a figure, P people, E factors, V voices, Z noises per voice. In code F is
-    also torch.nn.functional.
+    L frames, C channels, H W height and width, M filter taps, D = 128 embedding,
+    N identities of a test, n rows of any number, R faces of a gallery or rows of a
+    figure, P people, E factors, V voices, Z noises per voice, X pixels of a probe. In
+    code F is also torch.nn.functional.
 
 Sources
     The method's numbers name their source: [paper §x]; [PASE] Pascual et al. 2019;
@@ -45,7 +46,8 @@ Sources
     [StyleGAN2] Karras et al. 2019, 2020; [R1] Mescheder et al. 2018; or [ours].
 
 Where this differs from the paper (the README's table has edits and measured effects)
-    - Embeddings are L2-normalised to one length: it improves the untrained direction.
+    - Embeddings are L2-normalised to one length, 3.5, which gives Eq. 1 a temperature:
+      it improves the direction that is not trained.
     - Waveforms get zero mean and rms 1: offset and loudness are the microphone's.
     - A batch has one random recording of each of B random identities; where nobody
       knows identities, each clip is one. A clip's negatives are other clips of its
@@ -53,20 +55,23 @@ Where this differs from the paper (the README's table has edits and measured eff
     - Images are flipped at random in training; the S and F that validate best are kept.
     - G's input and its AdaIN style are both [z, c], with c scaled to length 1: with a
       longer c, z stops controlling the head's tilt.
-    - psi reads F's pooled features, not phi(f), and their std over the batch.
+    - psi reads F's pooled features, not phi(f), and the std of each over the batch.
     - G's blocks up-sample after conv1; before it, as in SNGAN, takes 1.5 times as long.
     - F has no spectral norm [SNGAN]: with it, z stops controlling the glasses. R1 is
       lazy [StyleGAN2].
-    - S is frozen in stage two; a running average of G's weights is what is tested.
+    - S is frozen in stage two, its batch norm, too. A running average of G's weights is
+      what is tested.
     - G's loss takes the scores of real faces from D's step, computed before D's update.
-    - Runs of a test draw windows, images and z anew, not the negatives alone.
+    - Runs of a test draw windows, images and z anew, not the negatives alone. In QTA 1
+      couples of the same and of different gender come from one draw.
     - Our text of the paper lacks its appendices and Eq. 1 and 3 to 6: sizes come from
       the cited sources and the losses from the prose (see `gan_loss`).
     - The preset `small`, for two CPU cores: 1.5 s of speech in training (6 s in tests),
       64x64 pixels, a sinc layer of stride 8, narrower layers, synthetic people. The
       preset `paper` has the sizes of the paper and its sources.
-    - A gallery of faces is as large as the test split where that has fewer than 5,000.
-      Fig. 5 is one plot, coloured by gender. Oracle, ideal faces and probe are [ours].
+    - A gallery of faces is as large as the test split where that has fewer than 5,000;
+      Fig. 6 searches 200. Fig. 5 is one plot, coloured by gender. Oracle, ideal faces
+      and probe are [ours].
     - Speech near an image's time is left out only where the file's name tells the time.
 """
 
@@ -102,8 +107,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 SAMPLE_RATE = 16000  # samples per second of every waveform [PASE]
 EMBED_DIM = 128  # D [paper §3.2]
-RANK = int(os.environ.get("RANK", "0"))  # of this process, set by torchrun
-PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
+RANK = int(os.environ.get("RANK") or 0)  # of this process, set by torchrun
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE") or 1)
 SILENCE = 1e-4  # std of samples in [-1, 1] that counts as silence [ours]
 
 
@@ -130,7 +135,7 @@ def make_rng(seed):
 
 # ==== 1. Inference: two encoders and the K-way loss [paper §3.1] ======================
 
-# PASE's layers after its first [PASE]; with a sinc stride of 1 in all 160 samples a frame.
+# The 7 layers after the sinc layer [PASE]; their strides multiply to 160 samples, 10 ms.
 PASE_KERNELS = (20, 11, 11, 11, 11, 11, 11)
 PASE_STRIDES = (10, 2, 1, 2, 1, 2, 2)
 PASE_WIDTHS = (1, 2, 2, 4, 4, 8, 8)  # channels / width
@@ -151,7 +156,7 @@ class SincConv(nn.Module):
     kernel_size is odd, so that there is a centre.
     """
 
-    def __init__(self, channels, kernel_size=251, stride=1):
+    def __init__(self, channels, kernel_size=251, stride=1):  # 251: [SincNet]
         super().__init__()
         self.padding = kernel_size // 2
         self.stride = stride
@@ -159,11 +164,12 @@ class SincConv(nn.Module):
         lowest, highest = 2595 * np.log10(1 + edges / 700)  # the mel scale
         mel = torch.linspace(lowest, highest, channels + 1)  # (C+1,)
         hz = 700 * (10 ** (mel / 2595) - 1)  # (C+1,), back from mel
+        # filters() adds MIN_HZ to both, so that the start is only about even in mel.
         self.low = nn.Parameter(hz[:-1, None] / HZ_UNIT)  # (C, 1)
         self.band = nn.Parameter(hz.diff()[:, None] / HZ_UNIT)  # (C, 1)
         taps = torch.arange(kernel_size) - kernel_size // 2  # (M,)
         window = torch.hamming_window(kernel_size, periodic=False)  # (M,)
-        self.register_buffer("seconds", taps / SAMPLE_RATE, persistent=False)
+        self.register_buffer("times", taps / SAMPLE_RATE, persistent=False)  # s
         self.register_buffer("window", window, persistent=False)
 
     def filters(self):
@@ -173,8 +179,8 @@ class SincConv(nn.Module):
         low = low.clamp(max=nyquist - MIN_HZ)  # leaves room for a band
         high = low + MIN_HZ + HZ_UNIT * self.band.abs()  # (C, 1), Hz
         high = high.clamp(max=nyquist)
-        wide = 2 * high * torch.sinc(2 * high * self.seconds)  # (C, M); sinc(0) is 1
-        narrow = 2 * low * torch.sinc(2 * low * self.seconds)  # (C, M)
+        wide = 2 * high * torch.sinc(2 * high * self.times)  # (C, M); sinc(0) is 1
+        narrow = 2 * low * torch.sinc(2 * low * self.times)  # (C, M)
         return (wide - narrow) * self.window / (2 * (high - low))  # (C, M)
 
     def forward(self, x):
@@ -300,10 +306,10 @@ def sample_candidates(n, k, rng=None):
     """
     if n < k:
         raise UserError(f"K = {k} needs {k} identities at once, there are {n}")
-    circle = torch.randperm(n, generator=rng)  # (n,)
-    place = circle.argsort()  # (n,), where each row stands in the circle
+    order = torch.randperm(n, generator=rng)  # (n,), the row at each place
+    place = order.argsort()  # (n,), the place of each row: the inverse
     ahead = torch.arange(k)  # (K,); 0 is the row itself
-    return circle[(place[:, None] + ahead) % n]  # (n, 1) + (K,) -> (n, K)
+    return order[(place[:, None] + ahead) % n]  # (n, 1) + (K,) -> (n, K)
 
 
 def match_logits(speech_emb, face_emb, candidates, direction):
@@ -326,12 +332,12 @@ def match_loss(logits):
 
 
 def top1(logits):
-    """(B, K) -> (B,): 1 where column 0 is the largest; n equally large share the 1.
+    """(B, K) -> (B,): 1 where column 0 is the largest; m equally large get 1/m.
 
     So an encoder that always gives the same answer scores chance, not 100 %.
     """
     best = logits == logits.max(1, keepdim=True).values  # (B, K)
-    return best[:, 0] / best.sum(1).clamp(min=1)  # 0/1 where logits are NaN
+    return best[:, 0] / best.sum(1).clamp(min=1)  # a row with NaN has no best: 0
 
 
 # ==== 2. Generation: AdaIN generator, projection discriminator, losses [paper §3.2] ===
@@ -429,14 +435,15 @@ class Discriminator(nn.Module):
     """faces (B, 3, H, W) -> weight * phi (B, D) and psi (B,), the parts of Eq. 2.
 
     phi starts as the trained F and goes on training [paper §3.2]. psi is one linear
-    layer on F's features [SNGAN] and their std over the batch, after [StyleGAN2].
+    layer on F's features [SNGAN] and on the std of each over the batch [ours];
+    [StyleGAN2] averages these to one number.
     """
 
     def __init__(self, face_encoder, weight=1.0):
         super().__init__()
         self.phi = copy.deepcopy(face_encoder)
         self.psi = nn.Linear(2 * face_encoder.head.in_features, 1)
-        self.weight = weight
+        self.phi_weight = weight
 
     def forward(self, faces):
         h = self.phi.features(faces)  # (B, 3, H, W) -> (B, C)
@@ -444,7 +451,7 @@ class Discriminator(nn.Module):
         variance = h.var(0, correction=0)  # (C,)
         std = torch.sqrt(variance + 1e-4)  # (C,); 1e-4 keeps its gradient finite [ours]
         psi = self.psi(torch.cat([h, std.expand_as(h)], dim=1))  # (B, 2C) -> (B, 1)
-        return self.weight * phi, psi[:, 0]
+        return self.phi_weight * phi, psi[:, 0]
 
 
 def inner(c, phi):
@@ -465,7 +472,8 @@ def gan_loss(kind, c_pos, c_neg, out_x, out_y):
     """Eq. 6, -E log A(g_rel) with the sigmoid A: D's and G's loss, -> ().
 
     out_x and out_y are D's outputs, phi (B, D) and psi (B,), for two batches of faces.
-    In D's loss x is real and y generated; in G's it is the reverse (non-saturating).
+    The loss pushes the logits of x above those of y. D calls it with real faces as x,
+    G with generated faces as x (non-saturating).
 
         Eq. 4, "rel":    g_rel = g(x, c+) - g(y, c+)
         Eq. 5, "relid":  g_rel = g(x, c+) - g(y, c+) + <c+, phi(x)> - <c-, phi(x)>
@@ -524,8 +532,8 @@ MATCH_SETTINGS = {
     "--steps": (1200, "training steps [ours]"),
     "--batch": (32, "clips per step and process [ours]"),
     "--seconds": (1.5, "of speech in a training pair [ours]; 6 in [paper §4]"),
-    "--size": (64, "side of a face [ours]; 128 in [paper §2]", 64, 32, 128),
-    "--sinc-stride": (8, "of the sinc layer [ours]; 1 in [PASE]", 8, 1, 2, 4),
+    "--size": (64, "side of a face [ours]; 128 in [paper §2]", 32, 64, 128),
+    "--sinc-stride": (8, "of the sinc layer [ours]; 1 in [PASE]", 1, 2, 4, 8),
     "--speech-width": (16, "sinc filters, unit of S's widths [ours]; 64 in [PASE]"),
     "--face-width": (16, "F's first channels [ours]; 64 in [SNGAN]"),
     "--embed-scale": (3.5, "length of an embedding [ours]"),
@@ -583,7 +591,7 @@ class Model(nn.Module):
         return self.generator(z, c.expand_as(z))
 
 
-def make_schedule(optimizer, steps, warm_up=0.0):
+def make_scheduler(optimizer, steps, warm_up=0.0):
     """Learning rate: linear warm-up, peak, from half-way a linear fall to 0 [ours]."""
 
     def lr_factor(step):
@@ -603,9 +611,10 @@ def match_train(cfg):
     run = Run(cfg)
     model = Model(cfg, run.device)
     optimizer = torch.optim.SGD(model.parameters(), cfg.lr, MOMENTUM)  # [paper §4]
-    schedule = make_schedule(optimizer, cfg.steps, WARM_UP)
-    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
-    best = run.resume(parts).get("best", -1.0)
+    scheduler = make_scheduler(optimizer, cfg.steps, WARM_UP)
+    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+    state = run.resume(parts)  # {} for a new run
+    best = state.get("best", -1.0)
     speech_net = distribute(model.speech_encoder)
     face_net = distribute(model.face_encoder)
 
@@ -619,7 +628,7 @@ def match_train(cfg):
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)
         optimizer.step()
-        schedule.step()
+        scheduler.step()
 
         run.log(step, loss=loss, accuracy=100 * top1(logits).mean())
         if run.is_due(step, cfg.eval_every):
@@ -641,7 +650,7 @@ def make_adam(network, lr, steps):
     """Adam [paper §4] and the learning-rate schedule for a network."""
     # fused: on a CPU it saves 12 % of a whole step.
     optimizer = torch.optim.Adam(network.parameters(), lr, BETAS, fused=True)
-    return optimizer, make_schedule(optimizer, steps)
+    return optimizer, make_scheduler(optimizer, steps)
 
 
 def gan_train(cfg):
@@ -656,20 +665,20 @@ def gan_train(cfg):
     discriminator = Discriminator(model.face_encoder, cfg.weight).to(run.device)
     ema = AveragedModel(generator, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema_decay))
     model.generator = ema.module  # is tested; ema.update_parameters() changes it
-    g_optimizer, g_schedule = make_adam(generator, cfg.lr, cfg.steps)
-    d_optimizer, d_schedule = make_adam(discriminator, cfg.d_lr, cfg.steps)
+    g_optimizer, g_scheduler = make_adam(generator, cfg.lr, cfg.steps)
+    d_optimizer, d_scheduler = make_adam(discriminator, cfg.d_lr, cfg.steps)
     parts = {"model": model, "ema": ema, "g": generator, "d": discriminator}
-    parts |= {"g_optimizer": g_optimizer, "g_schedule": g_schedule}
-    parts |= {"d_optimizer": d_optimizer, "d_schedule": d_schedule}
-    cfg.stage_one = vars(model.cfg)  # saved with G: the sizes of S and F
+    parts |= {"g_optimizer": g_optimizer, "g_scheduler": g_scheduler}
+    parts |= {"d_optimizer": d_optimizer, "d_scheduler": d_scheduler}
+    cfg.stage_one = vars(model.cfg)  # the sizes of S and F: saved, compared by resume
     run.resume(parts)
     generators = {"generated": model}
     g_net = distribute(generator)
     d_net = distribute(discriminator)
 
-    for step, rng, speech, real in run.batches(model.cfg):
+    for step, rng, speech, real in run.batches(model.cfg):  # stage one's sizes
         z = sample_z(len(real), rng, run.device)  # (B, D)
-        with torch.no_grad():  # S is frozen [ours]
+        with torch.no_grad():  # S is frozen [ours], in eval mode
             c_pos = model.speech_encoder(speech)  # c+: (B, T) -> (B, D)
         c_neg = c_pos.roll(1, 0)  # c-: the batch is in random order, identities differ
         fake = g_net(z, c_pos)  # (B, D), (B, D) -> (B, 3, H, W)
@@ -683,16 +692,18 @@ def gan_train(cfg):
         d_optimizer.zero_grad()
         (loss_d + penalty).backward()
         d_optimizer.step()
-        d_schedule.step()
+        d_scheduler.step()
 
         # Real scores are those of D's step: recomputing them costs 8 % of a step.
         d_real = [x.detach() for x in d_real]
-        d_fake = discriminator(fake)  # by D after its step
+        d_fake = discriminator(
+            fake
+        )  # D after its step; no DDP, as D gets no gradients here
         loss_g = gan_loss(cfg.loss, c_pos, c_neg, d_fake, d_real)  # Eq. 6
         g_optimizer.zero_grad()
         loss_g.backward(inputs=list(generator.parameters()))  # no gradients for D
         g_optimizer.step()
-        g_schedule.step()
+        g_scheduler.step()
         ema.update_parameters(generator)
 
         identity = inner(c_pos - c_neg, d_real[0]).mean()  # > 0: D knows who fits whom
@@ -718,15 +729,16 @@ GALLERY = 5000  # faces among which one is searched, at most [paper §4]
 def embed_split(judge, generators, split, seed, workers):
     """One pair of each identity, as the judge's S and F see it.
 
-    Returns c (N, D); faces {kind: (N, D)}, embeddings before L2 normalisation; the N
-    identities' rows of labels.csv. Kinds: those of the generators, real and ideal.
+    Returns c (N, D); fe {kind of faces: (N, D)}, before L2 normalisation; the N
+    identities' rows of labels.csv. Kinds: those of the generators, real and ideal. All
+    generators get the same voice and z.
     """
     rng = make_rng(seed)
     ideal_rng = np.random.default_rng(seed)
     pairs = PairDataset(split, judge.cfg, TEST_BATCH, seed)
     numbers = range(math.ceil(len(split.names) / TEST_BATCH))
     c = []
-    faces = defaultdict(list)
+    fe = defaultdict(list)
     people = []
     for speech, real, names in load_batches(pairs, numbers, workers, judge.device):
         rows = [split.labels[name] for name in names]
@@ -739,30 +751,30 @@ def embed_split(judge, generators, split, seed, workers):
             images["ideal"] = ideal_faces(rows, judge.cfg.size, ideal_rng).to(z.device)
         c.append(judge.speech_encoder(speech).cpu())
         for kind, image in images.items():
-            faces[kind].append(judge.face_encoder.embed(image).cpu())
+            fe[kind].append(judge.face_encoder.embed(image).cpu())
         people += rows
-    faces = {kind: torch.cat(batches) for kind, batches in faces.items()}
-    return torch.cat(c), faces, people
+    fe = {kind: torch.cat(batches) for kind, batches in fe.items()}
+    return torch.cat(c), fe, people
 
 
-def k_way(speech, faces, genders, seed):
+def k_way(c, fe, genders, seed):
     """Tables 1 and 2: percent right, {"v-f/2": ...}, of embeddings (N, D).
 
     With /gender the negatives have the positive's gender [ours]. Without K people of
     each gender there is no such score.
     """
     rng = make_rng(seed)
-    alike = [np.flatnonzero(genders == gender) for gender in ("female", "male")]
-    tests = {"": [np.arange(len(genders))], "/gender": alike}
+    everybody = np.arange(len(genders))
+    by_gender = [np.flatnonzero(genders == gender) for gender in ("female", "male")]
     scores = {}
-    for suffix, groups in tests.items():
+    for suffix, groups in {"": [everybody], "/gender": by_gender}.items():
         for direction, k in itertools.product(DIRECTIONS, (2, 10)):
             if min(map(len, groups)) < k:
                 continue
             hits = []
             for rows in groups:
                 candidates = sample_candidates(len(rows), k, rng)  # (n, K)
-                logits = match_logits(speech[rows], faces[rows], candidates, direction)
+                logits = match_logits(c[rows], fe[rows], candidates, direction)
                 hits.append(top1(logits))
             scores[f"{direction}/{k}{suffix}"] = percent(torch.cat(hits))
     return scores
@@ -773,23 +785,23 @@ def percent(hits):
     return 100 * hits.float().mean().item()
 
 
-def preferred(speech, first, second):
+def preferred(c, first, second):
     """QTA 2: percent of voices that match their face in first better than in second."""
-    logits = torch.stack([inner(speech, first), inner(speech, second)], dim=1)  # (N, 2)
+    logits = torch.stack([inner(c, first), inner(c, second)], dim=1)  # (N, 2)
     return percent(top1(logits))
 
 
-def cosine_distances(c, faces, genders, seed):
+def cosine_distances(c, fe, genders, seed):
     """QTA 1 of random couples: {"all": (CD(c1, c2), CD(fe1, fe2)), ...}, (n,) each."""
-    other = sample_candidates(len(c), 2, make_rng(seed))[:, 1]  # (N,)
-    cd_c = 1 - F.cosine_similarity(c, c[other])  # (N, D) -> (N,)
-    cd_faces = 1 - F.cosine_similarity(faces, faces[other])  # (N, D) -> (N,)
-    same = genders == genders[other]  # (N,)
-    known = (genders != "") & (genders[other] != "")  # (N,)
+    partner = sample_candidates(len(c), 2, make_rng(seed))[:, 1]  # (N,)
+    cd_c = 1 - F.cosine_similarity(c, c[partner])  # (N, D) -> (N,)
+    cd_fe = 1 - F.cosine_similarity(fe, fe[partner])  # (N, D) -> (N,)
+    same = genders == genders[partner]  # (N,)
+    known = (genders != "") & (genders[partner] != "")  # (N,)
     couples = {"all": slice(None)}
     if (genders != "").any():
         couples |= {"different": known & ~same, "same": known & same}
-    return {name: (cd_c[rows], cd_faces[rows]) for name, rows in couples.items()}
+    return {name: (cd_c[rows], cd_fe[rows]) for name, rows in couples.items()}
 
 
 def pearson(x, y):
@@ -814,32 +826,32 @@ def table_3(queries, gallery, seed):
     scores = {}
     for name, distance in distances.items():
         own = distance.diagonal()[:, None]  # (R, 1)
-        rank = (distance <= own).sum(1)  # (R, R) -> (R,); 1: the nearest, 0: NaN
+        rank = (distance <= own).sum(1)  # (R, R) -> (R,); 1 is the nearest, NaN gives 0
         for k in (1, 2, 5, 10):
             scores[f"retrieval/{name}/{k}"] = percent((1 <= rank) & (rank <= k))
     return scores
 
 
-def score_faces(c, faces, kind, genders, seed):
+def score_faces(c, fe, kind, genders, seed):
     """The scores of one kind of faces: K-way; of all but the real ones, QTA 1 to 3."""
-    unit = {name: F.normalize(rows) for name, rows in faces.items()}  # (N, D) each
+    unit = {name: F.normalize(rows) for name, rows in fe.items()}  # (N, D) each
     scores = k_way(c, unit[kind], genders, seed)
     if kind == "real":
         return scores
-    if kind == "other":  # QTA 2's second experiment: ours against the other's
+    if kind == "other":  # QTA 2's second experiment: how often ours beat the other's
         scores["preferred"] = preferred(c, unit["generated"], unit["other"])
     else:
         scores["preferred"] = preferred(c, unit[kind], unit["real"])
     distances = cosine_distances(c, unit[kind], genders, seed)
-    for couples, (cd_c, cd_faces) in distances.items():
+    for couples, (cd_c, cd_fe) in distances.items():
         scores[f"qta1/{couples}/c"] = cd_c.mean().item()
-        scores[f"qta1/{couples}/face"] = cd_faces.mean().item()
-        scores[f"qta1/{couples}/r"] = pearson(cd_c, cd_faces).item()
-    return scores | table_3(faces[kind], faces["real"], seed)
+        scores[f"qta1/{couples}/face"] = cd_fe.mean().item()
+        scores[f"qta1/{couples}/r"] = pearson(cd_c, cd_fe).item()
+    return scores | table_3(fe[kind], fe["real"], seed)
 
 
 def oracle_scores(people, genders, seed):
-    """The scores of an observer who knows every factor: real faces allow no better.
+    """K-way scores of an observer who knows all factors: none can expect better ones.
 
     The candidate with the largest p(v, f) / (p(v) p(f)) is most often the right one.
     For standard normals v and f of correlation r its logarithm is
@@ -856,7 +868,7 @@ def oracle_scores(people, genders, seed):
     f = factor_values(people, LINKED)  # (P, 3)
     gender = 2 * factor_values(people, ["gender"]) - 1  # (P, 1)
     one = torch.ones_like(v)  # (P, 3)
-    # 1000 for the same gender, -1000 for the other
+    # Three terms of each kind, then 1000 for the same gender, -1000 for the other.
     voices = torch.cat([a * v, -b * v**2, one, 1000 * gender], dim=1)  # (P, 10)
     faces = torch.cat([f, one, -b * f**2, gender], dim=1)  # (P, 10)
     return k_way(voices, faces, genders, seed)
@@ -866,16 +878,18 @@ def evaluate(judge, generators, split, cfg, runs):
     """Test a split: metrics, and the same as a table, {kind: {score: text}}.
 
     Metrics are the split's name and size and {key: mean over runs, key/std: std}. Keys
-    of the first kind of faces are like "v-f/2", those of others like "real/v-f/2".
+    of generated faces are like "v-f/2", those of other kinds like "real/v-f/2"; without
+    generators real faces have the short keys.
     """
+    main_kind = next(iter(generators), "real")
     collected = defaultdict(list)
     counts = []
-    for run in range(runs):
-        seed = cfg.seed + 1000 * (run + 1)
-        c, faces, people = embed_split(judge, generators, split, seed, cfg.workers)
+    for i in range(runs):
+        seed = cfg.seed + 1000 * (i + 1)  # away from the training's
+        c, fe, people = embed_split(judge, generators, split, seed, cfg.workers)
         counts.append(len(people))
         genders = np.array([gender_of(row) for row in people])
-        tests = {kind: score_faces(c, faces, kind, genders, seed) for kind in faces}
+        tests = {kind: score_faces(c, fe, kind, genders, seed) for kind in fe}
         if has_factors(split):
             tests["oracle"] = oracle_scores(people, genders, seed)
         for kind, scores in tests.items():
@@ -888,8 +902,7 @@ def evaluate(judge, generators, split, cfg, runs):
         "left_out": len(split.names) - min(counts),
         "runs": runs,
     }
-    table = {kind: {} for kind in tests}
-    main_kind, *_ = tests
+    table = defaultdict(dict)
     for (kind, name), scores in collected.items():
         if len(scores) < runs:  # too few people in some run
             continue
@@ -921,20 +934,20 @@ def validate(model, generators, run, step, runs):
 
 
 def pixels(faces):
-    """(N, 3, H, W) -> (N, M): shrunk to 32x32, flattened, with a constant 1."""
+    """(N, 3, H, W) -> (N, X): shrunk to 32x32, flattened, with a constant 1."""
     small = F.adaptive_avg_pool2d(faces.cpu(), 32)  # (N, 3, 32, 32)
     return F.pad(small.flatten(1), (0, 1), value=1.0)
 
 
 def fit_probe(faces, targets, noise=0.1):
-    """The linear map (M, E) that best reads targets (N, E) off faces (N, 3, H, W).
+    """The linear map (X, E) that best reads targets (N, E) off faces (N, 3, H, W).
 
     Ridge regression, as if pixels had this noise [ours], so that the map does not rely
     on fine detail, which generated faces lack.
     """
-    x = pixels(faces)  # (N, M)
-    ridge = len(x) * noise**2 * torch.eye(x.shape[1])  # (M, M)
-    return torch.linalg.solve(x.T @ x + ridge, x.T @ targets)  # (M, E)
+    x = pixels(faces)  # (N, X)
+    ridge = len(x) * noise**2 * torch.eye(x.shape[1])  # (X, X)
+    return torch.linalg.solve(x.T @ x + ridge, x.T @ targets)  # (X, E)
 
 
 def sample_people(split, model, count, seed=0):
@@ -952,7 +965,7 @@ def control_scores(model, train, test, noises=16):
     """
     _, faces, names = sample_people(train, model, 1000)
     known = factor_values([train.labels[name] for name in names], FACTORS)  # (P, E)
-    probe = fit_probe(faces, known - known.mean(0))  # (M, E)
+    probe = fit_probe(faces, known - known.mean(0))  # (X, E)
     speech, faces, names = sample_people(test, model, 400)
     people = [test.labels[name] for name in names]
     truth = factor_values(people, FACTORS)  # (V, E)
@@ -962,15 +975,16 @@ def control_scores(model, train, test, noises=16):
     # A voice at a time: (1, T), (Z, D) -> (Z, 3, H, W) -> (Z, E), in all (V, Z, E).
     read = torch.stack([pixels(model(row, z)) @ probe for row in speech.split(1)])
 
+    # The mean over z leaves what c does alone, the mean over voices what z does.
+    by_c = read.mean(1).var(0, correction=0)  # (V, Z, E) -> (V, E) -> (E,)
+    by_z = read.mean(0).var(0, correction=0)  # (V, Z, E) -> (Z, E) -> (E,)
     total = read.var((0, 1), correction=0)  # (V, Z, E) -> (E,)
-    by_voice = read.mean(1).var(0, correction=0)  # (V, Z, E) -> (V, E) -> (E,)
-    by_noise = read.mean(0).var(0, correction=0)  # (V, Z, E) -> (Z, E) -> (E,)
     given = voice.repeat_interleave(noises, 0)  # (V Z, 4)
     r = pearson(read[:, :, :4].flatten(0, 1), given)  # (4,)
     r_real = pearson(real[:, :4], voice)  # (4,)
     columns = {
-        "c": 100 * by_voice / total,  # percent of the variance due to c alone
-        "z": 100 * by_noise / total,  # due to z alone
+        "c": 100 * by_c / total,  # percent of the variance due to c alone
+        "z": 100 * by_z / total,  # due to z alone
         "voice": r,  # correlation with the voice's factor
         "spread": 100 * (1 - r**2),  # percent of the variance left given the voice
         "spread/real": 100 * (1 - r_real**2),  # the same of real faces
@@ -1077,7 +1091,7 @@ def report(judge, generators, split, cfg, control=None):
     """Test; write OUT/metrics.json; print and return the scores as tables."""
     metrics, table = evaluate(judge, generators, split, cfg, cfg.runs)
     table["paper"] = PAPER_RESULTS
-    caption = "{data}/{split}: {people} people, {left_out} left out; {runs} runs, ± std"
+    caption = "{data}/{split}: {people} people, {left_out} left out; {runs} runs on them, ± std"
     text = caption.format(**metrics) + "\n\n" + make_table(table)
     if control:
         text += make_table(control)
@@ -1176,14 +1190,19 @@ def open_corpus(data, least):
         folder = Path(data, split)
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder, a corpus has train, val, test")
-        names = [e.name for e in os.scandir(folder) if e.is_dir() and e.name[0] != "."]
+        names = list_folders(folder)
         if len(names) < count:
             raise UserError(f"{folder}: {len(names)} identities, {count} are needed")
         for other in corpus.values():
             for name in np.intersect1d(names, other.names):
                 raise UserError(f"{folder / name}: is in another split, too")
-        corpus[split] = Split(folder, np.sort(names), labels)
+        corpus[split] = Split(folder, np.array(names), labels)
     return corpus
+
+
+def list_folders(path):
+    """The names of the folders in a folder, in order, without hidden ones."""
+    return sorted(e.name for e in os.scandir(path) if e.is_dir() and e.name[0] != ".")
 
 
 def subsample(split, count):
@@ -1205,7 +1224,10 @@ def read_labels(data):
         rows.fieldnames = [name.strip().lower() for name in rows.fieldnames]
         for row in rows:
             name = row["identity"].strip()
-            if name and gender_of(labels.setdefault(name, row)) != gender_of(row):
+            if not name:
+                continue
+            first = labels.setdefault(name, row)
+            if gender_of(first) != gender_of(row):
                 raise UserError(f"{path}: rows of {name} contradict each other")
     return labels
 
@@ -1224,10 +1246,11 @@ def list_pairs(identity):
     """
     pairs = []
     everywhere = {}  # all images of the identity
-    for clip in sorted(glob.glob("*/", root_dir=identity)):  # no hidden ones
+    for clip in list_folders(identity):
         files = sorted(Path(identity, clip).iterdir())
         files = [file for file in files if file.name[0] != "."]
-        recordings = [file for file in files if file.suffix.lower() == ".wav"]
+        # By stem, so that a.wav and a.WAV are one.
+        recordings = {f.stem: f for f in files if f.suffix.lower() == ".wav"}.values()
         images = {}
         for file in files:
             if file.suffix.lower() in IMAGE_ENDINGS:
@@ -1248,8 +1271,8 @@ def read_audio(path):
         if header.getsampwidth() != 2:
             raise wave.Error("not 16-bit")
         frame = np.dtype(("<i2", (header.getnchannels(),)))
-        # The size in the header may be 0 or wrong. So all is read up to the end of the
-        # file, unless another chunk or tag begins where that size ends.
+        # The size in the header may be 0 or wrong. So all is read, from the first sample
+        # up to the end of the file, unless another chunk or tag begins after that size.
         raw = file.read()
         size = header.getnframes() * frame.itemsize
         if size and re.match(rb"[\w ]{4}|ID3|TAG", raw[size : size + 4]):
@@ -1278,15 +1301,15 @@ def spare_moment(path, x, moment):
     least = MIN_SPEECH * SAMPLE_RATE
     parts = [part for part in parts if len(part) >= least and not is_silent(part)]
     if not parts:
-        raise UserError(f"{path}: silent or under {MIN_SPEECH} s (beside its image)")
+        place = "" if moment is None else f" beside its image at {moment} s"
+        raise UserError(f"{path}: silent or under {MIN_SPEECH} s{place}")
     return parts
 
 
 def is_silent(x):
     """Whether fewer than MIN_SOUND of the slices of x (T,) have a sound."""
-    slices = x[: len(x) // 350 * 350 : 7].reshape(
-        50, -1
-    )  # a 7th of the samples will do
+    sample = x[: len(x) // 350 * 350 : 7]  # each 7th will do
+    slices = sample.reshape(50, -1)  # (50, T / 350)
     return np.mean(slices.std(1) > SILENCE) < MIN_SOUND
 
 
@@ -1314,10 +1337,11 @@ def load_speech(path, seconds=None, rng=None, moment=None):
     if not seconds:
         return x
     length = round(seconds * SAMPLE_RATE)
-    window = sample_window(parts, length, rng)
-    if is_silent(window):
-        raise UserError(f"{path}: silent for {seconds} s")
-    return np.resize(window, length)  # repeats it up to this length
+    for _ in range(100):  # until a window is no pause
+        window = sample_window(parts, length, rng)
+        if not is_silent(window):
+            return np.resize(window, length)  # repeats it up to this length
+    raise UserError(f"{path}: silent")
 
 
 def load_face(path, size):
@@ -1426,7 +1450,7 @@ def load_batches(pairs, numbers, workers, device):
 def check_data(args):
     """Read all files of a corpus; print what it holds, what is unused or wrong."""
     corpus = open_corpus(args.folder, dict.fromkeys(SPLITS, args.k))
-    nobody = set(corpus["test"].labels)  # in the corpus, but in labels.csv
+    nobody = set(corpus["test"].labels)  # names that only labels.csv has
     used = {Path(args.folder, "labels.csv")}
     faults = []
     for split in corpus.values():
@@ -1437,10 +1461,11 @@ def check_data(args):
             gender = gender_of({"gender": text}) or "unknown"
             print(f"  {count} people of gender {text!r}: {gender}")
     unused = defaultdict(list)
-    for path in Path(args.folder).rglob("[!.]*"):
+    for name in glob.iglob("**", root_dir=args.folder, recursive=True):  # through links
+        path = Path(args.folder, name)
         if path not in used and not path.is_dir():
-            depth = len(path.relative_to(args.folder).parts)  # 4 is a clip's file
-            unused[f"files {'*/' * (depth - 1)}*{path.suffix}"].append(path)
+            folders = "*/" * name.count(os.sep)
+            unused[f"files {folders}*{path.suffix}"].append(path)
     unused["rows of labels.csv"] += nobody
     for kind, found in unused.items():
         if found:
@@ -1469,8 +1494,8 @@ def check_split(split, faults):
     counts = f"{len(split.names)} identities, {len(seconds)} recordings"
     counts += f" ({sum(seconds) / 3600:.2f} h), {len(files) - len(seconds)} images"
     print(f"{split.folder.name}: {counts}", flush=True)
-    if times:
-        print(f"  {len(times)} images with a time, {min(times)} to {max(times)} s")
+    span = f", {min(times)} to {max(times)} s" if times else ""
+    print(f"  {len(times)} images with a time{span}")
     return files
 
 
@@ -1486,7 +1511,7 @@ def attempt(faults, function, *args):
 
 # ==== 7. Synthetic people: voices by source and filter, drawn faces [all ours] ========
 
-LINK = 0.72  # correlation of voice and face; F-V comes near the paper's 88.47 %
+LINK = 0.72  # correlation of voice and face: trained, F-V is near the paper's 88.47 %
 LINKED = ("age", "tract", "build")  # and gender, which voice and face share wholly
 VOICE_FACTORS = ("gender", "voice_age", "voice_tract", "voice_build")
 FACTORS = ("gender", *LINKED, "glasses", "hair", "skin", "background", "tilt")
@@ -1546,7 +1571,7 @@ def synth_speech(voice, rng):
     pitch = 115 if voice["gender"] else 220  # Hz
     pitch = pitch * np.exp(voice["pitch"] - 0.3 * age + 0.1 * melody)
     periods = np.floor(np.cumsum(pitch) / SAMPLE_RATE)
-    pulses = np.diff(periods, prepend=0)
+    pulses = np.diff(periods, prepend=0)  # 1 where a period begins
     breath = (0.04 + 0.5 * age) * np.diff(rng.normal(size=len(t)), prepend=0)
     f = np.fft.rfftfreq(len(t), 1 / SAMPLE_RATE)  # Hz
     source = np.fft.rfft(pulses / np.sqrt(pitch))
@@ -1586,7 +1611,7 @@ def face_ellipses(face, mouth):
     lips = 0.22 + 0.19 * tract
     eye = 0.13 - 0.06 * age
     rim = 0.16 + 0.05 * face["glasses"]
-    parts = [
+    ellipses = [
         (dark_hair, 0, 0.08, 0 if male else width + 0.2, 0.72),  # long hair
         (CLOTHES, 0, 1.22, 0.35 + 0.85 * build, 0.7),
         (shade, 0, 0.5, 0.11 + 0.22 * build, 0.36),  # neck
@@ -1599,13 +1624,13 @@ def face_ellipses(face, mouth):
     ]
     for x in (-0.21, 0.21):
         if face["glasses"]:
-            parts += [(INK, x, -0.1, rim, rim), (skin, x, -0.1, 0.145, 0.145)]
-        parts += [
+            ellipses += [(INK, x, -0.1, rim, rim), (skin, x, -0.1, 0.145, 0.145)]
+        ellipses += [
             ("white", x, -0.1, 0.115, eye),
             (INK, x, -0.1, 0.075, min(0.09, eye)),  # pupil
             (dark_hair, x, -0.29, 0.13, 0.04 if male else 0.025),  # brow
         ]
-    return parts
+    return ellipses
 
 
 def draw_face(face, mouth):
@@ -1679,16 +1704,18 @@ def make_data(args):
     train = args.identities - val - test
     splits = np.repeat(SPLITS, [train, val, test])  # (P,)
     with tempfile.TemporaryDirectory(dir=make_folder(data.parent)) as scratch:
-        part = Path(scratch, data.name)
-        write = functools.partial(write_person, part, args.seed)
+        unfinished = Path(scratch, data.name)
+        write = functools.partial(write_person, unfinished, args.seed)
         with ProcessPoolExecutor() as pool:
             rows = list(pool.map(write, range(args.identities), splits))
-        with open(part / "labels.csv", "w", encoding="utf8", newline="") as file:
+        with open(unfinished / "labels.csv", "w", encoding="utf8", newline="") as file:
             writer = csv.DictWriter(file, rows[0])
             writer.writeheader()
             writer.writerows(rows)
-        with explain(f"{data}: cannot be made, or another process made it"):
-            part.rename(data)
+        try:
+            unfinished.rename(data)
+        except OSError:
+            raise UserError(f"{data}: cannot be made, or another process made it")
     print(f"{data}: {args.identities} identities")
 
 
@@ -1720,11 +1747,11 @@ class Run:
         self.device = find_device(cfg.device)
         if RANK == 0 and cfg.data == SYNTHETIC and not Path(cfg.data).exists():
             make_data(parse(["make-data", cfg.data]))
-        if PROCESSES > 1:  # a day: the others wait while the first makes data or tests
+        if WORLD_SIZE > 1:  # a day: the others wait while the first makes data or tests
             distributed.init_process_group(timeout=datetime.timedelta(days=1))
         self.corpus = open_corpus(cfg.data, {"train": cfg.batch, "val": 2, "test": 2})
         cfg.data = str(Path(cfg.data))  # d/ becomes d, which --resume compares
-        cfg.processes = PROCESSES
+        cfg.processes = WORLD_SIZE
         cfg.people = len(self.corpus["train"].names)
         self.step = 0  # the last one in the checkpoint, later in the log
         self.lines = []  # of the log
@@ -1760,7 +1787,7 @@ class Run:
         taken = log.exists() or any(self.folder.glob("*.pt"))
         if taken and not self.cfg.resume:
             raise UserError(f"{self.folder}: holds a run; name another, or --resume")
-        with log.open("w" if taken else "x") as file:
+        with log.open("w" if taken else "x") as file:  # x: only one process can
             file.writelines(self.lines)
 
     def batches(self, cfg):
@@ -1771,12 +1798,12 @@ class Run:
         """
         seed = self.cfg.seed
         pairs = PairDataset(self.corpus["train"], cfg, self.cfg.batch, seed, True)
-        first = self.step * PROCESSES + RANK
-        numbers = range(first, self.cfg.steps * PROCESSES, PROCESSES)  # of batches
+        first = self.step * WORLD_SIZE + RANK
+        numbers = range(first, self.cfg.steps * WORLD_SIZE, WORLD_SIZE)  # of batches
         batches = load_batches(pairs, numbers, self.cfg.workers, self.device)
         for number, (speech, faces, _) in zip(numbers, batches):
-            rng = make_rng(seed * 2**32 + number)
-            yield number // PROCESSES + 1, rng, speech, faces
+            rng = make_rng(seed * 10**7 + number)  # only the low 32 bits count
+            yield number // WORLD_SIZE + 1, rng, speech, faces
 
     def is_due(self, step, every):
         """True in the first process at each `every`-th step and at the last one."""
@@ -1792,13 +1819,12 @@ class Run:
         seconds = time.perf_counter() - self.since
         line = {"step": step}
         line |= {name: rounded(total / steps) for name, total in self.sums.items()}
-        line["clips_per_s"] = rounded(steps * self.cfg.batch * PROCESSES / seconds)
+        line["clips_per_s"] = rounded(steps * self.cfg.batch * WORLD_SIZE / seconds)
         left = (self.cfg.steps - step) * seconds / steps
         texts = [f"{name} {value} " for name, value in line.items()]
         print(*texts, f"{left:.0f} s left", flush=True)
         self.lines.append(json.dumps(line) + "\n")
-        path = self.folder / "log.jsonl"
-        with explain(f"{path}: cannot be written"), path.open("a") as file:
+        with (self.folder / "log.jsonl").open("a") as file:
             file.write(self.lines[-1])
         self.step = step
         self.sums.clear()
@@ -1821,7 +1847,7 @@ class Run:
 
 def distribute(network):
     """The network to train with: under torchrun one that averages gradients."""
-    if PROCESSES == 1:
+    if WORLD_SIZE == 1:
         return network
     return nn.parallel.DistributedDataParallel(network)
 
@@ -1938,7 +1964,7 @@ def parse(argv):
     _, settings = COMMANDS[cfg.command]
     for flag, (default, *_) in settings.items():
         value = getattr(cfg, flag.lstrip("-").replace("-", "_"))
-        least = 1 if type(default) is int and default > 0 else 0
+        least = 1 if type(default) is int and default > 0 else 0  # counts: 1
         if type(value) in (int, float) and not least <= value < 2**32:
             raise UserError(f"{flag} {value}: allowed are {least} to 2^32 - 1")
     return cfg
@@ -1952,8 +1978,12 @@ def main(argv):
         cfg = parse(argv)
         function, _ = COMMANDS[cfg.command]
         return function(cfg) or 0
-    except (UserError, OSError) as error:
+    except UserError as error:
         problem = error
+    except OSError as error:
+        problem = error
+        if not error.filename:  # a full disk names no file
+            problem = f"{error}: {getattr(cfg, 'out', '')}"
     except KeyboardInterrupt:
         print("voice2face: stopped; --resume continues a training", file=sys.stderr)
         return 130
