@@ -36,43 +36,36 @@ Symbols
 
     Dimensions: B batch, K candidates (1 positive, K - 1 negatives), T samples,
     L frames, C channels, H W height and width, M filter taps, D = 128 embedding,
-    N identities of a test, n rows of any number, R faces of a gallery or rows of a
-    figure, P people, E factors, V voices, Z noises per voice, X pixels of a probe. In
-    code F is also torch.nn.functional.
+    N identities of a test, n rows of any number, R faces of a gallery, P people,
+    E factors, V voices, Z noises per voice, X pixels of a probe. In code F is also
+    torch.nn.functional.
 
 Sources
     The method's numbers name their source: [paper §x]; [PASE] Pascual et al. 2019;
     [SincNet] Ravanelli and Bengio 2018; [SNGAN] Miyato and Koyama 2018; [StyleGAN] and
     [StyleGAN2] Karras et al. 2019, 2020; [R1] Mescheder et al. 2018; or [ours].
 
-Where this differs from the paper (the README's table has edits and measured effects)
-    - Embeddings are L2-normalised to one length, 3.5, which gives Eq. 1 a temperature:
-      it improves the direction that is not trained.
-    - Waveforms get zero mean and rms 1: offset and loudness are the microphone's.
-    - A batch has one random recording of each of B random identities; where nobody
-      knows identities, each clip is one. A clip's negatives are other clips of its
-      batch (and process), so each clip is encoded once.
-    - Images are flipped at random in training; the S and F that validate best are kept.
-    - G's input and its AdaIN style are both [z, c], with c scaled to length 1: with a
-      longer c, z stops controlling the head's tilt.
-    - psi reads F's pooled features, not phi(f), and the std of each over the batch.
-    - G's blocks up-sample after conv1; before it, as in SNGAN, takes 1.5 times as long.
-    - F has no spectral norm [SNGAN]: with it, z stops controlling the glasses. R1 is
-      lazy [StyleGAN2].
-    - S is frozen in stage two, its batch norm, too. A running average of G's weights is
-      what is tested.
-    - G's loss takes the scores of real faces from D's step, computed before D's update.
-    - Runs of a test draw windows, images and z anew, not the negatives alone. In QTA 1
-      couples of the same and of different gender come from one draw.
+Where this differs from the paper most (the rest is tagged [ours] where it stands; the
+README has the edits that undo the differences, and their measured effects)
     - Our text of the paper lacks its appendices and Eq. 1 and 3 to 6: sizes come from
       the cited sources and the losses from the prose (see `gan_loss`).
     - The preset `small`, for two CPU cores: 1.5 s of speech in training (6 s in tests),
       64x64 pixels, a sinc layer of stride 8, narrower layers, synthetic people. The
       preset `paper` has the sizes of the paper and its sources.
-    - A gallery of faces is as large as the test split where that has fewer than 5,000;
-      Fig. 6 searches 200. Fig. 5 is one plot, coloured by gender. Oracle, ideal faces
-      and probe are [ours].
-    - Speech near an image's time is left out only where the file's name tells the time.
+    - Embeddings are L2-normalised to length 3.5, so Eq. 1 is a softmax of cosines with
+      temperature 0.08. Without it F-V, which is not trained, is worse.
+    - Waveforms get zero mean and rms 1: offset and loudness are the microphone's.
+    - A batch has one random recording of each of B random identities; without identity
+      labels each clip counts as one. A clip's negatives are other clips of its batch
+      (and process), so each clip is encoded once.
+    - G's input and its AdaIN style are both [z, c], with c scaled to length 1: with a
+      longer c, z stops controlling the head's tilt.
+    - psi reads F's pooled features, not phi(f), and the std of each over the batch.
+    - F has no spectral norm, unlike [SNGAN]: with it, z stops controlling the glasses.
+    - S is frozen in stage two, its batch norm, too. D's and G's steps share their z.
+    - Runs of a test draw windows, images and z anew, not the negatives alone. Speech
+      near an image's time is left out only where the file's name tells the time.
+    - Oracle, ideal faces and probe are [ours]. Table 2's other methods are not here.
 """
 
 import argparse
@@ -135,7 +128,7 @@ def make_rng(seed):
 
 # ==== 1. Inference: two encoders and the K-way loss [paper §3.1] ======================
 
-# The 7 layers after the sinc layer [PASE]; their strides multiply to 160 samples, 10 ms.
+# The 7 layers after the sinc layer [PASE]: a frame for 160 outputs of that layer.
 PASE_KERNELS = (20, 11, 11, 11, 11, 11, 11)
 PASE_STRIDES = (10, 2, 1, 2, 1, 2, 2)
 PASE_WIDTHS = (1, 2, 2, 4, 4, 8, 8)  # channels / width
@@ -164,7 +157,7 @@ class SincConv(nn.Module):
         lowest, highest = 2595 * np.log10(1 + edges / 700)  # the mel scale
         mel = torch.linspace(lowest, highest, channels + 1)  # (C+1,)
         hz = 700 * (10 ** (mel / 2595) - 1)  # (C+1,), back from mel
-        # filters() adds MIN_HZ to both, so that the start is only about even in mel.
+        # filters() adds MIN_HZ to low and to band: the start is only about even in mel.
         self.low = nn.Parameter(hz[:-1, None] / HZ_UNIT)  # (C, 1)
         self.band = nn.Parameter(hz.diff()[:, None] / HZ_UNIT)  # (C, 1)
         taps = torch.arange(kernel_size) - kernel_size // 2  # (M,)
@@ -257,7 +250,7 @@ class FaceEncoder(nn.Module):
 
     Blocks halve the side down to 4 and double the channels; one more block keeps both.
     Then come a ReLU, a sum over the 4x4 positions [SNGAN], and a linear map [ours].
-    There is no batch norm [SNGAN]. [SNGAN] has size 128 and width 64.
+    As in [SNGAN] there is no batch norm. [SNGAN] has size 128 and width 64.
     """
 
     def __init__(self, size=128, width=64, scale=1.0):
@@ -288,7 +281,7 @@ class FaceEncoder(nn.Module):
 def init_conv(module):
     """Glorot-uniform convolutions, with gain sqrt(2) if 3x3 [SNGAN].
 
-    Linear layers keep PyTorch's start [ours].
+    Linear layers keep PyTorch's default initialisation [ours].
     """
     if isinstance(module, nn.Conv2d):
         gain = math.sqrt(2) if module.kernel_size == (3, 3) else 1
@@ -370,7 +363,7 @@ class GBlock(nn.Module):
     """Residual block of [SNGAN]'s generator: (B, C, H, W) -> (B, C', 2H, 2W).
 
     AdaIN stands where [SNGAN] has batch norm. [SNGAN] up-samples first; here conv1 and
-    skip run before it, on a quarter of the pixels. Up-sampling is bilinear [StyleGAN].
+    skip run before it, on a quarter of the pixels [ours]; it is bilinear [StyleGAN].
     """
 
     def __init__(self, channels, out):
@@ -436,7 +429,7 @@ class Discriminator(nn.Module):
 
     phi starts as the trained F and goes on training [paper §3.2]. psi is one linear
     layer on F's features [SNGAN] and on the std of each over the batch [ours];
-    [StyleGAN2] averages these to one number.
+    StyleGANs average these to one number.
     """
 
     def __init__(self, face_encoder, weight=1.0):
@@ -468,7 +461,7 @@ def logit(c, phi, psi):
     return inner(c, phi) + psi
 
 
-def gan_loss(kind, c_pos, c_neg, out_x, out_y):
+def gan_loss(loss_name, c_pos, c_neg, out_x, out_y):
     """Eq. 6, -E log A(g_rel) with the sigmoid A: D's and G's loss, -> ().
 
     out_x and out_y are D's outputs, phi (B, D) and psi (B,), for two batches of faces.
@@ -484,7 +477,7 @@ def gan_loss(kind, c_pos, c_neg, out_x, out_y):
     phi_x, psi_x = out_x
     phi_y, psi_y = out_y
     g_rel = logit(c_pos, phi_x, psi_x) - logit(c_pos, phi_y, psi_y)  # (B,)
-    if kind == "relid":
+    if loss_name == "relid":
         g_rel = g_rel + inner(c_pos, phi_x) - inner(c_neg, phi_x)  # (B,)
     return -F.logsigmoid(g_rel).mean()
 
@@ -492,8 +485,8 @@ def gan_loss(kind, c_pos, c_neg, out_x, out_y):
 def r1_penalty(discriminator, real, c):
     """R1 without gamma/2: E |grad_f g(f, c)|^2, -> () [R1].
 
-    One backward pass of the batch's sum gives all gradients, with the small cross-terms
-    of the batch's std.
+    The gradient is that of the batch's sum, in one backward pass. As psi sees the std
+    of the batch, it holds what a face does to the other logits, too.
     """
     real = real.detach().requires_grad_(True)
     phi, psi = discriminator(real)
@@ -504,7 +497,7 @@ def r1_penalty(discriminator, real, c):
 
 # ==== 3. Training both stages [paper §3, §4] ==========================================
 
-# Settings {flag: (default, meaning, the values to choose from, if they are few)}.
+# Settings {flag: (default, meaning, *choices)}; without choices any value will do.
 SYNTHETIC = "data/synthetic"  # made where it is missing
 DIRECTIONS = ("v-f", "f-v")
 SEED = (0, "seed of the random numbers")
@@ -555,7 +548,7 @@ GAN_SETTINGS = {
     "--ema-decay": (0.998, "of the running average of G's weights [ours]"),
     "--eval-every": (1000, "steps between validations and samples"),
 }
-# The flags that --preset paper stands for: sizes as in the sources above, the rest [ours].
+# The flags of --preset paper: sizes as in the sources above, the rest [ours].
 LONG = "--batch 64 --steps 200000 --eval-every 2000 --save-every 1000 "
 PAPER_SIZES = "--seconds 6 --size 128 --sinc-stride 1 --speech-width 64 --face-width 64"
 PAPER_PRESET = {
@@ -592,7 +585,7 @@ class Model(nn.Module):
 
 
 def make_scheduler(optimizer, steps, warm_up=0.0):
-    """Learning rate: linear warm-up, peak, from half-way a linear fall to 0 [ours]."""
+    """Learning rate: linear warm-up, constant, from half-way linear to 0 [ours]."""
 
     def lr_factor(step):
         rise = (step + 1) / max(1, warm_up * steps)
@@ -603,7 +596,7 @@ def make_scheduler(optimizer, steps, warm_up=0.0):
 
 
 def match_train(cfg):
-    """Train S and F on Eq. 1, without labels; test those that validated best."""
+    """Train S and F on Eq. 1, without labels; test those that validated best [ours]."""
     if not 2 <= cfg.k <= cfg.batch:
         raise UserError(f"--k {cfg.k}: must be at least 2, at most --batch {cfg.batch}")
     if cfg.seconds < 0.25:  # S's reflection padding needs as much
@@ -654,9 +647,9 @@ def make_adam(network, lr, steps):
 
 
 def gan_train(cfg):
-    """Train G and D [paper §3.2]; test with the running average of G's weights."""
+    """Train G and D [paper §3.2]; test the running average of G's weights [ours]."""
     if cfg.batch < 2:
-        raise UserError("--batch 1: must be at least 2, for c- is of another identity")
+        raise UserError("--batch 1: must be at least 2, c- needs another identity")
     if cfg.ema_decay > 1:
         raise UserError(f"--ema-decay {cfg.ema_decay}: must be at most 1")
     run = Run(cfg)
@@ -664,13 +657,13 @@ def gan_train(cfg):
     generator = Generator(model.cfg.size, cfg.width).to(run.device)
     discriminator = Discriminator(model.face_encoder, cfg.weight).to(run.device)
     ema = AveragedModel(generator, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema_decay))
-    model.generator = ema.module  # is tested; ema.update_parameters() changes it
+    model.generator = ema.module  # the averaged G is never trained, only tested
     g_optimizer, g_scheduler = make_adam(generator, cfg.lr, cfg.steps)
     d_optimizer, d_scheduler = make_adam(discriminator, cfg.d_lr, cfg.steps)
     parts = {"model": model, "ema": ema, "g": generator, "d": discriminator}
     parts |= {"g_optimizer": g_optimizer, "g_scheduler": g_scheduler}
     parts |= {"d_optimizer": d_optimizer, "d_scheduler": d_scheduler}
-    cfg.stage_one = vars(model.cfg)  # the sizes of S and F: saved, compared by resume
+    cfg.stage_one = vars(model.cfg)  # load_model() rebuilds S and F by it
     run.resume(parts)
     generators = {"generated": model}
     g_net = distribute(generator)
@@ -694,11 +687,9 @@ def gan_train(cfg):
         d_optimizer.step()
         d_scheduler.step()
 
-        # Real scores are those of D's step: recomputing them costs 8 % of a step.
+        # Real scores are those of D's step [ours]: anew they cost 8 % of a step.
         d_real = [x.detach() for x in d_real]
-        d_fake = discriminator(
-            fake
-        )  # D after its step; no DDP, as D gets no gradients here
+        d_fake = discriminator(fake)  # the updated D, without DDP: it gets no gradients
         loss_g = gan_loss(cfg.loss, c_pos, c_neg, d_fake, d_real)  # Eq. 6
         g_optimizer.zero_grad()
         loss_g.backward(inputs=list(generator.parameters()))  # no gradients for D
@@ -720,7 +711,9 @@ def gan_train(cfg):
 # ==== 4. Evaluation: K-way tests, QTA 1 to 3, what c and z control [paper §4] =========
 
 # QTA and QLA: the paper's quantitative and qualitative analyses. A test takes one pair
-# of each identity; each run draws negatives, windows, images and z anew [ours].
+# of each identity; each run draws negatives, windows, images and z anew [ours]. The
+# judge is the Model whose S and F score the faces, as a rule that of stage one.
+# Generators, {kind of faces: Model}, bring their own S: it makes c for their G.
 TEST_BATCH = 32  # pairs that are embedded at once
 GALLERY = 5000  # faces among which one is searched, at most [paper §4]
 
@@ -792,7 +785,10 @@ def preferred(c, first, second):
 
 
 def cosine_distances(c, fe, genders, seed):
-    """QTA 1 of random couples: {"all": (CD(c1, c2), CD(fe1, fe2)), ...}, (n,) each."""
+    """QTA 1: {"all": (CD(c1, c2), CD(fe1, fe2)), ...}, (n,) each, of random couples.
+
+    Couples of the same and of different gender are from one draw [ours].
+    """
     partner = sample_candidates(len(c), 2, make_rng(seed))[:, 1]  # (N,)
     cd_c = 1 - F.cosine_similarity(c, c[partner])  # (N, D) -> (N,)
     cd_fe = 1 - F.cosine_similarity(fe, fe[partner])  # (N, D) -> (N,)
@@ -801,23 +797,24 @@ def cosine_distances(c, fe, genders, seed):
     couples = {"all": slice(None)}
     if (genders != "").any():
         couples |= {"different": known & ~same, "same": known & same}
-    return {name: (cd_c[rows], cd_fe[rows]) for name, rows in couples.items()}
+    return {name: (cd_c[chosen], cd_fe[chosen]) for name, chosen in couples.items()}
 
 
 def pearson(x, y):
-    """Correlations of the columns of x and y, (n, E) -> (E,): cosines, once centred."""
+    """Pearson correlation along dim 0: (n,) -> () or (n, E) -> (E,)."""
     return F.cosine_similarity(x - x.mean(0), y - y.mean(0), dim=0)
 
 
 def table_3(queries, gallery, seed):
     """QTA 3, Table 3: R@k in percent by three distances in a random gallery.
 
-    Queries and faces (N, D) are embeddings before L2 normalisation [ours], so that the
-    distances differ; face i is that of query i.
+    queries (N, D) are of generated faces, gallery (N, D) of the real faces of the same
+    people, both before L2 normalisation [ours], so that the distances differ. At most
+    GALLERY random people serve as both.
     """
-    rows = torch.randperm(len(gallery), generator=make_rng(seed))[:GALLERY]
-    queries = queries[rows]  # (R, D)
-    gallery = gallery[rows]  # (R, D)
+    chosen = torch.randperm(len(gallery), generator=make_rng(seed))[:GALLERY]  # (R,)
+    queries = queries[chosen]  # (R, D)
+    gallery = gallery[chosen]  # (R, D)
     distances = {  # (R, R) each
         "L1": torch.cdist(queries, gallery, p=1.0),
         "L2": torch.cdist(queries, gallery),
@@ -834,7 +831,7 @@ def table_3(queries, gallery, seed):
 
 def score_faces(c, fe, kind, genders, seed):
     """The scores of one kind of faces: K-way; of all but the real ones, QTA 1 to 3."""
-    unit = {name: F.normalize(rows) for name, rows in fe.items()}  # (N, D) each
+    unit = {name: F.normalize(x) for name, x in fe.items()}  # (N, D) each
     scores = k_way(c, unit[kind], genders, seed)
     if kind == "real":
         return scores
@@ -851,7 +848,7 @@ def score_faces(c, fe, kind, genders, seed):
 
 
 def oracle_scores(people, genders, seed):
-    """K-way scores of an observer who knows all factors: none can expect better ones.
+    """The best K-way scores that can be expected: of one who knows all true factors.
 
     The candidate with the largest p(v, f) / (p(v) p(f)) is most often the right one.
     For standard normals v and f of correlation r its logarithm is
@@ -885,7 +882,7 @@ def evaluate(judge, generators, split, cfg, runs):
     collected = defaultdict(list)
     counts = []
     for i in range(runs):
-        seed = cfg.seed + 1000 * (i + 1)  # away from the training's
+        seed = cfg.seed + 1000 * (i + 1)
         c, fe, people = embed_split(judge, generators, split, seed, cfg.workers)
         counts.append(len(people))
         genders = np.array([gender_of(row) for row in people])
@@ -942,10 +939,11 @@ def pixels(faces):
 def fit_probe(faces, targets, noise=0.1):
     """The linear map (X, E) that best reads targets (N, E) off faces (N, 3, H, W).
 
-    Ridge regression, as if pixels had this noise [ours], so that the map does not rely
-    on fine detail, which generated faces lack.
+    Ridge regression, as if pixels had noise of this std [ours], so that the map does
+    not rely on fine detail, which generated faces lack.
     """
     x = pixels(faces)  # (N, X)
+    # N rows of such noise would add N noise^2 to the diagonal of x.T @ x.
     ridge = len(x) * noise**2 * torch.eye(x.shape[1])  # (X, X)
     return torch.linalg.solve(x.T @ x + ridge, x.T @ targets)  # (X, E)
 
@@ -958,10 +956,10 @@ def sample_people(split, model, count, seed=0):
 
 @torch.no_grad()
 def control_scores(model, train, test, noises=16):
-    """QLA 1 to 3, by eye in the paper: what c and z control, as a probe reads faces.
+    """QLA 1 to 3, by eye in the paper: what c and z control, read by a linear probe.
 
     Returns {column: {factor: score}}; the columns are named below, of generated faces
-    unless they say otherwise.
+    unless they say otherwise. What c and z lack to 100 % is their interaction.
     """
     _, faces, names = sample_people(train, model, 1000)
     known = factor_values([train.labels[name] for name in names], FACTORS)  # (P, E)
@@ -975,7 +973,8 @@ def control_scores(model, train, test, noises=16):
     # A voice at a time: (1, T), (Z, D) -> (Z, 3, H, W) -> (Z, E), in all (V, Z, E).
     read = torch.stack([pixels(model(row, z)) @ probe for row in speech.split(1)])
 
-    # The mean over z leaves what c does alone, the mean over voices what z does.
+    # Analysis of variance: the mean over z leaves c's effect (and 1/Z of what both do
+    # together), the mean over voices z's.
     by_c = read.mean(1).var(0, correction=0)  # (V, Z, E) -> (V, E) -> (E,)
     by_z = read.mean(0).var(0, correction=0)  # (V, Z, E) -> (Z, E) -> (E,)
     total = read.var((0, 1), correction=0)  # (V, Z, E) -> (E,)
@@ -986,7 +985,7 @@ def control_scores(model, train, test, noises=16):
         "c": 100 * by_c / total,  # percent of the variance due to c alone
         "z": 100 * by_z / total,  # due to z alone
         "voice": r,  # correlation with the voice's factor
-        "spread": 100 * (1 - r**2),  # percent of the variance left given the voice
+        "spread": 100 * (1 - r**2),  # variance that the voice's factor does not explain
         "spread/real": 100 * (1 - r_real**2),  # the same of real faces
         "probe": pearson(real, truth),  # correlation with the truth, of real faces
     }
@@ -1027,7 +1026,7 @@ def plot_grid(path, titles, rows):
 
 
 def plot_scatter(path, couples):
-    """Save Fig. 5: y (n,) over x (n,), both in 0 to 2, of {gender: (x, y)}."""
+    """Save Fig. 5, one plot [ours]: y (n,) over x (n,), 0 to 2, of {gender: (x, y)}."""
     sheet = Image.new("RGB", (500, 500), "white")
     draw = ImageDraw.Draw(sheet)
     draw.rectangle((50, 50, 450, 450), outline="black")  # 200 pixels a unit
@@ -1046,7 +1045,7 @@ def plot_scatter(path, couples):
 
 @torch.no_grad()
 def plot_figures(model, split, folder, seed=0):
-    """Save Fig. 2 to 6 of at most 200 people as folder/fig2.png to fig6.png.
+    """Save Fig. 2 to 6 of at most 200 people [ours] as folder/fig2.png to fig6.png.
 
     A row starts with the speaker's own face. Then Fig. 2 changes z, Fig. 3 goes to the
     next speaker's c, Fig. 4 to the next z; Fig. 6 has the real faces that are nearest.
@@ -1056,15 +1055,15 @@ def plot_figures(model, split, folder, seed=0):
     z = sample_z(len(c), make_rng(seed), model.device)  # (N, D)
     generated = model.generator(z, c)  # (N, 3, H, W)
     fe = model.face_encoder(generated)  # (N, D)
-    similarity = fe[:6] @ model.face_encoder(faces).T  # (R, N); R = 6 people are shown
-    nearest = similarity.argsort(descending=True)[:, :5]  # (R, 5)
-    c1 = c[:6]  # (R, D)
+    similarity = fe[:6] @ model.face_encoder(faces).T  # (6, N), of those shown
+    nearest = similarity.argsort(descending=True)[:, :5]  # (6, 5)
+    c1 = c[:6]  # (6, D)
     c2 = c1.roll(-1, 0)
-    z1 = z[:6]  # (R, D)
+    z1 = z[:6]  # (6, D)
     z2 = z1.roll(-1, 0)
     real = faces[:6]
     steps = [0, 0.2, 0.4, 0.6, 0.8, 1]
-    figures = {  # lists of columns (R, 3, H, W)
+    figures = {  # lists of columns (6, 3, H, W)
         "fig2": [model.generator(z_i.expand_as(c1), c1) for z_i in z1],
         "fig3": [model.generator(z1, torch.lerp(c1, c2, t)) for t in steps],
         "fig4": [model.generator(torch.lerp(z1, z2, t), c1) for t in steps],
@@ -1072,7 +1071,7 @@ def plot_figures(model, split, folder, seed=0):
     }
     figures["fig3"].append(real.roll(-1, 0))
     for name, columns in figures.items():
-        rows = torch.stack([real, *columns], dim=1)  # (R, n, 3, H, W)
+        rows = torch.stack([real, *columns], dim=1)  # (6, n, 3, H, W)
         plot_grid(folder / f"{name}.png", names[:6], rows)
     genders = np.array([gender_of(split.labels[name]) for name in names])
     couples = cosine_distances(c.cpu(), fe.cpu(), genders, seed)
@@ -1091,7 +1090,9 @@ def report(judge, generators, split, cfg, control=None):
     """Test; write OUT/metrics.json; print and return the scores as tables."""
     metrics, table = evaluate(judge, generators, split, cfg, cfg.runs)
     table["paper"] = PAPER_RESULTS
-    caption = "{data}/{split}: {people} people, {left_out} left out; {runs} runs on them, ± std"
+    caption = (
+        "{data}/{split}: {people} people, {left_out} left out; ± std of {runs} runs"
+    )
     text = caption.format(**metrics) + "\n\n" + make_table(table)
     if control:
         text += make_table(control)
@@ -1125,7 +1126,7 @@ def gan_test(args):
     split = open_corpus(args.data, {"test": 2})["test"]
     control = None
     if has_factors(split) and Path(args.data, "train").is_dir():
-        # Opened together, train and test are known to share nobody.
+        # Opened together, train and test are known to share without_folder.
         train = open_corpus(args.data, {"train": 2, "test": 2})["train"]
         if has_factors(train):
             control = control_scores(model, train, split)
@@ -1271,8 +1272,9 @@ def read_audio(path):
         if header.getsampwidth() != 2:
             raise wave.Error("not 16-bit")
         frame = np.dtype(("<i2", (header.getnchannels(),)))
-        # The size in the header may be 0 or wrong. So all is read, from the first sample
-        # up to the end of the file, unless another chunk or tag begins after that size.
+        # The size in the header may be 0 or wrong. So all is read, from the first
+        # sample to the end of the file, unless the name of another chunk (four
+        # letters) or of a tag stands where that size ends.
         raw = file.read()
         size = header.getnframes() * frame.itemsize
         if size and re.match(rb"[\w ]{4}|ID3|TAG", raw[size : size + 4]):
@@ -1308,7 +1310,7 @@ def spare_moment(path, x, moment):
 
 def is_silent(x):
     """Whether fewer than MIN_SOUND of the slices of x (T,) have a sound."""
-    sample = x[: len(x) // 350 * 350 : 7]  # each 7th will do
+    sample = x[: len(x) // 350 * 350 : 7]  # each 7th will do; 350 is 7 * 50
     slices = sample.reshape(50, -1)  # (50, T / 350)
     return np.mean(slices.std(1) > SILENCE) < MIN_SOUND
 
@@ -1425,8 +1427,8 @@ class PairDataset:
 def load_batches(pairs, numbers, workers, device):
     """Yield speech (B, T), faces (B, 3, H, W) and names of batches by number.
 
-    Raises UserError where a training batch cannot be filled, and at the end of a test
-    of fewer than two people.
+    Raises UserError where a training batch cannot be filled, or after the last batch if
+    fewer than two people could be read.
     """
     folder = pairs.split.folder
     count = 0
@@ -1450,12 +1452,12 @@ def load_batches(pairs, numbers, workers, device):
 def check_data(args):
     """Read all files of a corpus; print what it holds, what is unused or wrong."""
     corpus = open_corpus(args.folder, dict.fromkeys(SPLITS, args.k))
-    nobody = set(corpus["test"].labels)  # names that only labels.csv has
+    without_folder = set(corpus["test"].labels)  # less those found below
     used = {Path(args.folder, "labels.csv")}
     faults = []
     for split in corpus.values():
         used |= check_split(split, faults)
-        nobody -= set(split.names)
+        without_folder -= set(split.names)
         genders = Counter(split.labels[name].get("gender", "") for name in split.names)
         for text, count in genders.items():
             gender = gender_of({"gender": text}) or "unknown"
@@ -1466,7 +1468,7 @@ def check_data(args):
         if path not in used and not path.is_dir():
             folders = "*/" * name.count(os.sep)
             unused[f"files {folders}*{path.suffix}"].append(path)
-    unused["rows of labels.csv"] += nobody
+    unused["rows of labels.csv"] += without_folder
     for kind, found in unused.items():
         if found:
             print(f"not used: {len(found)} {kind}, such as {min(found)}")
@@ -1511,7 +1513,7 @@ def attempt(faults, function, *args):
 
 # ==== 7. Synthetic people: voices by source and filter, drawn faces [all ours] ========
 
-LINK = 0.72  # correlation of voice and face: trained, F-V is near the paper's 88.47 %
+LINK = 0.72  # correlation of voice and face: chosen so that F-V is near the paper's
 LINKED = ("age", "tract", "build")  # and gender, which voice and face share wholly
 VOICE_FACTORS = ("gender", "voice_age", "voice_tract", "voice_build")
 FACTORS = ("gender", *LINKED, "glasses", "hair", "skin", "background", "tilt")
@@ -1555,14 +1557,14 @@ def sample_face(voice, link, rng):
 def synth_speech(voice, rng):
     """A clip of speech, int16 (samples,): a source through a mouth's resonances.
 
-    Gender sets the pitch. With age it falls and breath joins. A long tract lowers the
+    Gender sets the pitch. Age lowers it and adds breath. A long tract lowers the
     resonances, a sturdy build adds bass. One syllable in seven is a pause.
     """
     age, tract, build = (to_uniform(voice["voice_" + name]) for name in LINKED)
     t = np.arange(CLIP_SECONDS * SAMPLE_RATE) / SAMPLE_RATE  # (samples,), s
     count = int(2 * CLIP_SECONDS * voice["tempo"])  # syllables, more than fit
     starts = np.cumsum(rng.uniform(0.7, 1.3, count)) / voice["tempo"]  # s
-    position = np.interp(t, starts, np.arange(count))  # 1.5: the middle of syllable 1
+    position = np.interp(t, starts, np.arange(count))  # 1.5: half of syllable 1 is over
     syllable = position.astype(int)
     melody = np.interp(t, starts, rng.normal(size=count))
     stress = rng.uniform(0.5, 1, count) * (rng.random(count) > 1 / 7)
@@ -1666,7 +1668,7 @@ def has_factors(split):
     except (KeyError, ValueError):
         return False
     link = values[:, -1]  # (P,)
-    return bool(values.isfinite().all() and ((0 <= link) & (link < 1)).all())
+    return bool(values.isfinite().all() and link.min() >= 0 and link.max() < 1)
 
 
 def factor_values(people, columns):
@@ -1751,6 +1753,7 @@ class Run:
             distributed.init_process_group(timeout=datetime.timedelta(days=1))
         self.corpus = open_corpus(cfg.data, {"train": cfg.batch, "val": 2, "test": 2})
         cfg.data = str(Path(cfg.data))  # d/ becomes d, which --resume compares
+        # Both are only saved, so that --resume can compare them.
         cfg.processes = WORLD_SIZE
         cfg.people = len(self.corpus["train"].names)
         self.step = 0  # the last one in the checkpoint, later in the log
@@ -1787,7 +1790,7 @@ class Run:
         taken = log.exists() or any(self.folder.glob("*.pt"))
         if taken and not self.cfg.resume:
             raise UserError(f"{self.folder}: holds a run; name another, or --resume")
-        with log.open("w" if taken else "x") as file:  # x: only one process can
+        with log.open("w" if taken else "x") as file:  # x fails if a file is there
             file.writelines(self.lines)
 
     def batches(self, cfg):
@@ -1801,8 +1804,9 @@ class Run:
         first = self.step * WORLD_SIZE + RANK
         numbers = range(first, self.cfg.steps * WORLD_SIZE, WORLD_SIZE)  # of batches
         batches = load_batches(pairs, numbers, self.cfg.workers, self.device)
+        # At the end of numbers zip stops without asking for a batch.
         for number, (speech, faces, _) in zip(numbers, batches):
-            rng = make_rng(seed * 10**7 + number)  # only the low 32 bits count
+            rng = make_rng(seed * 10**7 + number)  # torch uses 32 bits of it
             yield number // WORLD_SIZE + 1, rng, speech, faces
 
     def is_due(self, step, every):
@@ -1926,8 +1930,8 @@ COMMANDS = {
 class Parser(argparse.ArgumentParser):
     """An argparse parser that reports errors as UserErrors, in one line."""
 
-    def error(self, message):
-        """Raise instead of printing the usage."""
+    def error(self, message):  # in place of argparse's
+        """Raise a UserError."""
         raise UserError(message)
 
 
@@ -1938,10 +1942,10 @@ def add_setting(parser, flag, default, meaning, *choices):
     elif default is False:
         parser.add_argument(flag, action="store_true", help=meaning)
     else:
-        kind = type(default)
+        value_type = type(default)
         text = f"{meaning} (default: {default})"
         parser.add_argument(
-            flag, type=kind, choices=choices or None, default=default, help=text
+            flag, type=value_type, choices=choices or None, default=default, help=text
         )
 
 
