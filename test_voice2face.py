@@ -6,7 +6,7 @@
 
 uv run test_voice2face.py          the tests (any pytest option may follow)
 uv run test_voice2face.py kill 20  kill training 20 times, resume, compare the ends
-uv run test_voice2face.py bench    speed of loader, training steps and large corpora
+uv run test_voice2face.py bench    speed of loader and of opening a large corpus
 """
 
 import itertools
@@ -560,13 +560,6 @@ def test_flags_come_before_the_preset_and_the_preset_before_defaults(command):
     assert vars(cfg) == {**vars(expected), "preset": "paper", "lr": 0.5}
 
 
-@pytest.mark.parametrize("command", v.COMMANDS)
-def test_help_tells_what_a_command_does(command, capsys):
-    with pytest.raises(SystemExit, match="0"):
-        run(command, "--help")
-    assert v.COMMANDS[command][0].__doc__ in capsys.readouterr().out
-
-
 def test_importing_does_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     runpy.run_path(FILE)
@@ -670,11 +663,6 @@ def test_table_3_is_brute_force_by_three_distances():
         assert scores[f"retrieval/{name}/{k}"] == approx(100 * np.mean(hits))
 
 
-def test_equal_faces_find_nobody():
-    faces = torch.ones(60, 8)
-    assert set(v.table_3(faces, faces, 0).values()) == {0}
-
-
 def test_table_3_draws_a_gallery_for_each_seed(monkeypatch):
     """Of one face; half of the faces are NaN, which nobody finds."""
     monkeypatch.setattr(v, "GALLERY", 1)
@@ -682,6 +670,13 @@ def test_table_3_draws_a_gallery_for_each_seed(monkeypatch):
     faces[30:] = math.nan
     found = {v.table_3(faces, faces, seed)["retrieval/L1/1"] for seed in range(9)}
     assert found == {0, 100}
+
+
+def test_one_couple_has_no_correlation():
+    fe = {"generated": torch.eye(3), "real": torch.eye(3)}
+    genders = np.array(["male", "male", ""])
+    scores = v.score_faces(fe["real"], fe, "generated", genders, 0)
+    assert "qta1/different/r" not in scores
 
 
 def test_faces_of_another_generator_lose_where_the_models_are_preferred():
@@ -723,14 +718,16 @@ def test_probe_is_ridge_regression():
 
 
 def test_control_scores_of_a_generator_that_shows_planted_factors(monkeypatch):
-    """A face is a row of 9 numbers: four of the voice's, then five of z."""
+    """A face is a row of 9 numbers: four of the voice's, four of z, one of both."""
 
     def picture(values):
         row = F.pad(values[:, None, None], (0, 23, 0, 31))  # (n, 1, 32, 32)
         return row.expand(-1, 3, -1, -1)
 
     def model(c, z):
-        return picture(torch.cat([3 * c.expand_as(z)[:, :4] - 1, z[:, :5]], dim=1))
+        c = c.expand_as(z)
+        both = c[:, 1:2] * z[:, :1]
+        return picture(torch.cat([3 * c[:, :4] - 1, z[:, :4], both], dim=1))
 
     model.device = CPU
     people = simulate(400)
@@ -739,11 +736,12 @@ def test_control_scores_of_a_generator_that_shows_planted_factors(monkeypatch):
     monkeypatch.setattr(v, "sample_people", lambda *args: batch)
     split = SimpleNamespace(labels=people)
     scores = v.control_scores(model, split, split)
-    for e, name in enumerate(v.FACTORS):
-        heard = 100 if e < 4 else 0
-        assert scores["c"][name] == approx(heard, abs=2)
-        assert scores["z"][name] == approx(100 - heard, abs=2)
-        assert scores["probe"][name] > 0.98
+    c = list(scores["c"].values())
+    z = list(scores["z"].values())
+    assert c[:8] == approx([100] * 4 + [0] * 4, abs=2)
+    assert c[8] < 20
+    assert z == approx([0] * 4 + [100] * 4 + [0], abs=2)
+    assert min(scores["probe"].values()) > 0.98
     assert scores["voice"]["age"] > 0.98
     assert scores["spread/real"]["age"] == approx(100 * (1 - v.LINK**2), abs=9)
 
@@ -945,12 +943,12 @@ def test_a_files_own_length_counts_whatever_its_header_says(told, wav):
     content = bytearray(wav.read_bytes())
     content[40:44] = told.to_bytes(4, "little")
     wav.write_bytes(content)
-    assert len(v.load_speech(wav)) == 16000
+    assert len(v.read_audio(wav)) == 16000
 
 
 def test_a_chunk_after_the_samples_is_no_sound(wav):
     wav.write_bytes(wav.read_bytes() + b"id3 " + bytes([0, 128, 0, 0]) * 9000)
-    assert len(v.load_speech(wav)) == 16000
+    assert len(v.read_audio(wav)) == 16000
 
 
 @pytest.mark.parametrize("rate, channels", [(8000, 1), (16000, 2), (44101, 6)])
@@ -959,15 +957,9 @@ def test_any_rate_and_channels_become_mono_16_khz(tmp_path, rate, channels):
     tone = np.sin(2 * np.pi * 1000 * np.arange(rate) / rate)
     levels = 0.5 ** np.arange(1, channels + 1)
     write_wav(tmp_path / "x.wav", tone[:, None] * levels, rate)
-    speech = v.load_speech(tmp_path / "x.wav")[2000:14000]
+    speech = v.read_audio(tmp_path / "x.wav")[2000:14000]
     expected = np.sin(np.arange(12000) * np.pi / 8) * levels.mean()
     np.testing.assert_allclose(speech, expected, atol=0.03)
-
-
-def test_32_bit_wav_is_refused(tmp_path):
-    write_wav(tmp_path / "x.wav", noise(16000), width=4)
-    with pytest.raises(v.UserError, match="must be 16-bit WAV, as ffmpeg"):
-        v.load_speech(tmp_path / "x.wav")
 
 
 TONE = np.sin(np.arange(16000) / 9)
@@ -1249,8 +1241,10 @@ match-train --data {mess}/few => val: too few people can be read
 gan-train --ema-decay 1.5 => --ema-decay 1.5: must be at most 1
 gan-train --match {gan}/last.pt => a checkpoint of gan-train, one of match-train is
 gan-test --gan {match}/best.pt => a checkpoint of match-train, one of gan-train is
+gan-test --gan {gan}/last.pt --judge {mess}/size.pt => size.pt: has --size 64, 32 is
 generate {mess}/quiet.wav --gan {gan}/last.pt => quiet.wav: silent
 generate {mess}/x.mp3 --gan {gan}/last.pt => x.mp3: must be 16-bit WAV
+generate {mess}/32bit.wav --gan {gan}/last.pt => 32bit.wav: .* Error not 16-bit
 generate {mess}/x.mp3 -n 0 => error: -n 0: allowed are 1 to 2
 make-data {mess} => exists already
 check-data {mess}/both --k 7 => train: 6 identities, 7
@@ -1268,11 +1262,14 @@ def mess(tmp_path_factory, match_run):
         path.write_bytes(b"nonsense")
     write_wav(root / "quiet.wav", np.zeros(16000))
     (root / "x.mp3").write_bytes(b"ID3")
+    write_wav(root / "32bit.wav", noise(16000), width=4)
     (root / "column/labels.csv").write_text("name;gender\n1;f\n")
     (root / "clash/labels.csv").write_text("identity,gender\ntrain0,f\ntrain0,m\n")
     state = load(match_run / "last.pt")
     state["settings"]["people"] -= 1
     torch.save(state, v.make_folder(root / "grown") / "last.pt")
+    state["settings"]["size"] = 64
+    torch.save(state, root / "size.pt")
     (root / "cut/last.pt").write_bytes((match_run / "last.pt").read_bytes()[:9000])
     shutil.copy(match_run / "best.pt", root / "swap/last.pt")
     return root
@@ -1333,8 +1330,6 @@ def test_runs_killed_at_random_moments_end_as_runs_left_alone():
 
 def bench():
     """Print what loader and opening a large corpus take; trainings print clips_per_s."""
-    torch.set_num_threads(os.cpu_count())
-    v.R1_EVERY = 16
     root = Path(tempfile.mkdtemp())
     data = root / "few"
     run("make-data", data, "--identities=200")
@@ -1342,10 +1337,6 @@ def bench():
     pairs = pairs_of(data / "train", True, 64, cfg=cfg)
     seconds = timeit.timeit(lambda: pairs[0], number=9) / 9
     print(f"loader: {64 / seconds:.0f} pairs/s on one core")
-    flags = ["--data", data, "--steps=60"]
-    for command in TRAININGS:
-        run(command, "--out", root / command, *flags)
-        flags += ["--match", root / command / "best.pt"]
     many = root / "many"
     for i in range(100_000):
         (many / f"train/identity{i:06}").mkdir(parents=True)

@@ -27,7 +27,7 @@ Symbols
     s       speech                (B, T)        waveforms, 16 kHz, in [-1, 1]
     f       faces, real, fake     (B, 3, H, W)  images, RGB, in [-1, 1]
             speech_emb, face_emb  (B, D)        embeddings S(speech), F(faces)
-    c, fe   c, fe                 (N, D)        the same in tests; c is a condition, too
+    c, fe   c, fe                 (N, D)        the same in tests; c is a condition
     c+, c-  c_pos, c_neg          (B, D)        c of the face's own voice, of another
     z       z                     (B, D)        Gaussian noise
     phi     phi                   (B, D)        face embeddings by D's copy of F
@@ -46,7 +46,7 @@ Sources
     [StyleGAN2] Karras et al. 2019, 2020; [R1] Mescheder et al. 2018; or [ours].
 
 Where this differs from the paper most (the rest is tagged [ours] where it stands; the
-README has the edits that undo the differences, and their measured effects)
+README has the edits that undo most of them, and their measured effects)
     - Our text of the paper lacks its appendices and Eq. 1 and 3 to 6: sizes come from
       the cited sources and the losses from the prose (see `gan_loss`).
     - The preset `small`, for two CPU cores: 1.5 s of speech in training (6 s in tests),
@@ -486,8 +486,8 @@ def r1_penalty(discriminator, real, c):
     """R1 without gamma/2: E |grad_f g(f, c)|^2, -> () [R1].
 
     The gradient is that of the batch's sum, in one backward pass. As psi sees the std
-    of the batch, it holds what a face does to the other logits, too: in the default's
-    last steps two thirds of the penalty [ours].
+    of the batch, it holds what a face does to the other logits, too: two thirds of the
+    penalty, by the last weights of the default with seed 1.
     """
     real = real.detach().requires_grad_(True)
     phi, psi = discriminator(real)
@@ -498,7 +498,7 @@ def r1_penalty(discriminator, real, c):
 
 # ==== 3. Training both stages [paper §3, §4] ==========================================
 
-# Settings {flag: (default, meaning, *choices)}; without choices any value will do.
+# Settings {flag: (default, meaning, *choices)}; choices where they are few.
 SYNTHETIC = "data/synthetic"  # made where it is missing
 DIRECTIONS = ("v-f", "f-v")
 SEED = (0, "seed of the random numbers")
@@ -550,11 +550,11 @@ GAN_SETTINGS = {
     "--eval-every": (1000, "steps between validations and samples"),
 }
 # The flags of --preset paper: sizes as in the sources above, the rest [ours].
-LONG = "--batch 64 --steps 200000 --eval-every 2000 --save-every 1000 "
+LONG = "--batch 64 --steps 200000 --eval-every 2000 --save-every 1000"
 PAPER_SIZES = "--seconds 6 --size 128 --sinc-stride 1 --speech-width 64 --face-width 64"
 PAPER_PRESET = {
-    "match-train": LONG + PAPER_SIZES,
-    "gan-train": LONG + "--width 64 --lr 2e-4 --d-lr 2e-4 --ema-decay 0.999",
+    "match-train": f"{LONG} {PAPER_SIZES}",
+    "gan-train": f"{LONG} --width 64 --lr 2e-4 --d-lr 2e-4 --ema-decay 0.999",
 }
 MOMENTUM = 0.9  # of SGD [ours]
 GRAD_CLIP = 1.0  # match-train cuts longer gradients to this length [ours]
@@ -727,6 +727,7 @@ def embed_split(judge, generators, split, seed, workers):
     identities' rows of labels.csv. Kinds: those of the generators, real and ideal. All
     generators get the same voice and z.
     """
+    synthetic = has_factors(split)
     rng = make_rng(seed)
     ideal_rng = np.random.default_rng(seed)
     pairs = PairDataset(split, judge.cfg, TEST_BATCH, seed)
@@ -741,8 +742,9 @@ def embed_split(judge, generators, split, seed, workers):
         for kind, model in generators.items():
             images[kind] = model(speech, z)  # (B, 3, H, W)
         images["real"] = real
-        if generators and has_factors(split):
-            images["ideal"] = ideal_faces(rows, judge.cfg.size, ideal_rng).to(z.device)
+        if generators and synthetic:
+            ideal = ideal_faces(rows, judge.cfg.size, ideal_rng)
+            images["ideal"] = ideal.to(judge.device)
         c.append(judge.speech_encoder(speech).cpu())
         for kind, image in images.items():
             fe[kind].append(judge.face_encoder.embed(image).cpu())
@@ -842,6 +844,8 @@ def score_faces(c, fe, kind, genders, seed):
         scores["preferred"] = preferred(c, unit[kind], unit["real"])
     distances = cosine_distances(c, unit[kind], genders, seed)
     for couples, (cd_c, cd_fe) in distances.items():
+        if len(cd_c) < 2:
+            continue
         scores[f"qta1/{couples}/c"] = cd_c.mean().item()
         scores[f"qta1/{couples}/face"] = cd_fe.mean().item()
         scores[f"qta1/{couples}/r"] = pearson(cd_c, cd_fe).item()
@@ -879,7 +883,7 @@ def evaluate(judge, generators, split, cfg, runs):
     of generated faces are like "v-f/2", those of other kinds like "real/v-f/2"; without
     generators real faces have the short keys.
     """
-    main_kind = next(iter(generators), "real")
+    main_kind = "generated" if generators else "real"
     collected = defaultdict(list)
     counts = []
     for i in range(runs):
@@ -971,8 +975,11 @@ def control_scores(model, train, test, noises=16):
     voice = factor_values(people, VOICE_FACTORS)  # (V, 4), in the order of FACTORS[:4]
     real = pixels(faces) @ probe  # (V, E)
     z = sample_z(noises, make_rng(0), model.device)  # (Z, D)
-    # A voice at a time: (1, T), (Z, D) -> (Z, 3, H, W) -> (Z, E), in all (V, Z, E).
-    read = torch.stack([pixels(model(row, z)) @ probe for row in speech.split(1)])
+    read = []
+    for row in speech.split(1):  # (1, T)
+        generated = model(row, z)  # (Z, 3, H, W)
+        read.append(pixels(generated) @ probe)  # (Z, E)
+    read = torch.stack(read)  # (V, Z, E)
 
     # Analysis of variance: the mean over z leaves c's effect (and 1/Z of what both do
     # together), the mean over voices z's.
@@ -1116,18 +1123,18 @@ def match_test(args):
 def gan_test(args):
     """Write the paper's tables and figures: report.md, fig2.png ..., metrics.json."""
     device = find_device(args.device)
-    model = judge = load_model(args.gan, "gan-train", device)
+    model = load_model(args.gan, "gan-train", device)
+    size = model.cfg.size
+    judge = model
     generators = {"generated": model}
     if args.judge:
-        judge = load_model(args.judge, "match-train", device)
+        judge = load_model(args.judge, "match-train", device, size)
     if args.other:
-        generators["other"] = load_model(args.other, "gan-train", device)
-    if len({network.cfg.size for network in (judge, *generators.values())}) > 1:
-        raise UserError(f"--judge, --other: must have the --size of {args.gan}")
+        generators["other"] = load_model(args.other, "gan-train", device, size)
     split = open_corpus(args.data, {"test": 2})["test"]
     control = None
     if has_factors(split) and Path(args.data, "train").is_dir():
-        # Opened together, train and test are known to share without_folder.
+        # Opened together, train and test have nobody in common.
         train = open_corpus(args.data, {"train": 2, "test": 2})["train"]
         if has_factors(train):
             control = control_scores(model, train, split)
@@ -1247,7 +1254,7 @@ def list_pairs(identity):
     one recording of its folder; otherwise the moment is None.
     """
     pairs = []
-    everywhere = {}  # all images of the identity
+    all_images = {}  # all images of the identity
     for clip in list_folders(identity):
         files = sorted(Path(identity, clip).iterdir())
         files = [file for file in files if file.name[0] != "."]
@@ -1258,12 +1265,12 @@ def list_pairs(identity):
             if file.suffix.lower() in IMAGE_ENDINGS:
                 timed = len(recordings) == 1 and file.stem.isdecimal()
                 images[file] = int(file.stem) / 1000 if timed else None
-        everywhere |= dict.fromkeys(images)
+        all_images |= dict.fromkeys(images)
         pairs += [(file, images) for file in recordings]
-    if not (pairs and everywhere):
-        found = f"{len(pairs)} recordings (wav), {len(everywhere)} images (jpg, png)"
+    if not (pairs and all_images):
+        found = f"{len(pairs)} recordings (wav), {len(all_images)} images (jpg, png)"
         raise UserError(f"{identity}: {found} in its clip folders, both are needed")
-    return [(file, images or everywhere) for file, images in pairs]
+    return [(file, images or all_images) for file, images in pairs]
 
 
 def read_audio(path):
@@ -1311,7 +1318,7 @@ def spare_moment(path, x, moment):
 
 def is_silent(x):
     """Whether fewer than MIN_SOUND of the slices of x (T,) have a sound."""
-    sample = x[: len(x) // 350 * 350 : 7]  # each 7th will do; 350 is 7 * 50
+    sample = x[: len(x) // 350 * 350 : 7]  # each 7th will do for speech; 350 is 7 * 50
     slices = sample.reshape(50, -1)  # (50, T / 350)
     return np.mean(slices.std(1) > SILENCE) < MIN_SOUND
 
@@ -1329,22 +1336,19 @@ def pick(items, rng):
     return items[rng.integers(len(items))]
 
 
-def load_speech(path, seconds=None, rng=None, moment=None):
-    """Speech (T,) at SAMPLE_RATE: all of a recording, or a window beside a moment (s).
+def load_speech(path, seconds, rng, moment=None):
+    """A random window of speech (T,) at SAMPLE_RATE, beside an image's moment (s).
 
     Shorter speech is repeated, longer cut at random [paper §4]. Raises UserError where
     there is too little speech, or hardly a sound in it.
     """
-    x = read_audio(path)
-    parts = spare_moment(path, x, moment)
-    if not seconds:
-        return x
+    parts = spare_moment(path, read_audio(path), moment)
     length = round(seconds * SAMPLE_RATE)
-    for _ in range(100):  # until a window is no pause
+    for _ in range(100):  # [ours]
         window = sample_window(parts, length, rng)
-        if not is_silent(window):
-            return np.resize(window, length)  # repeats it up to this length
-    raise UserError(f"{path}: silent")
+        if not is_silent(window):  # no pause
+            break
+    return np.resize(window, length)  # repeats it up to this length
 
 
 def load_face(path, size):
@@ -1453,23 +1457,23 @@ def load_batches(pairs, numbers, workers, device):
 def check_data(args):
     """Read all files of a corpus; print what it holds, what is unused or wrong."""
     corpus = open_corpus(args.folder, dict.fromkeys(SPLITS, args.k))
-    without_folder = set(corpus["test"].labels)  # less those found below
+    unused_rows = set(corpus["test"].labels)  # less those found below
     used = {Path(args.folder, "labels.csv")}
     faults = []
     for split in corpus.values():
         used |= check_split(split, faults)
-        without_folder -= set(split.names)
+        unused_rows -= set(split.names)
         genders = Counter(split.labels[name].get("gender", "") for name in split.names)
         for text, count in genders.items():
             gender = gender_of({"gender": text}) or "unknown"
             print(f"  {count} people of gender {text!r}: {gender}")
     unused = defaultdict(list)
-    for name in glob.iglob("**", root_dir=args.folder, recursive=True):  # through links
-        path = Path(args.folder, name)
-        if path not in used and not path.is_dir():
-            folders = "*/" * name.count(os.sep)
-            unused[f"files {folders}*{path.suffix}"].append(path)
-    unused["rows of labels.csv"] += without_folder
+    for depth in range(6):  # a clip's file is at 3; links are followed
+        for name in glob.iglob("*/" * depth + "*", root_dir=args.folder):
+            path = Path(args.folder, name)
+            if path not in used and not path.is_dir():
+                unused[f"files {'*/' * depth}*{path.suffix}"].append(path)
+    unused["rows of labels.csv"] += unused_rows
     for kind, found in unused.items():
         if found:
             print(f"not used: {len(found)} {kind}, such as {min(found)}")
@@ -1483,17 +1487,18 @@ def check_split(split, faults):
     seconds = []
     times = []
     for name in split.names:
-        pairs = attempt(faults, list_pairs, split.folder / name)
+        pairs = attempt(faults, list_pairs, split.folder / name) or []
         for recording, images in pairs:
-            speech = attempt(faults, load_speech, recording)
-            seconds.append(len(speech) / SAMPLE_RATE)
             for image in sorted(images.keys() - files):
                 attempt(faults, load_face, image, MIN_SIDE)
-                moment = images[image]
-                if moment is not None and len(speech):
-                    attempt(faults, spare_moment, recording, speech, moment)
-                    times.append(moment)
             files.update([recording, *images])
+            speech = attempt(faults, read_audio, recording)
+            if speech is None:
+                continue
+            seconds.append(len(speech) / SAMPLE_RATE)
+            for moment in set(images.values()):
+                attempt(faults, spare_moment, recording, speech, moment)
+            times += [moment for moment in images.values() if moment is not None]
     counts = f"{len(split.names)} identities, {len(seconds)} recordings"
     counts += f" ({sum(seconds) / 3600:.2f} h), {len(files) - len(seconds)} images"
     print(f"{split.folder.name}: {counts}", flush=True)
@@ -1503,13 +1508,13 @@ def check_split(split, faults):
 
 
 def attempt(faults, function, *args):
-    """function(*args), or () where it finds a fault, which is printed and noted."""
+    """function(*args), or None where it finds a fault, which is printed and noted."""
     try:
         return function(*args)
     except (UserError, OSError) as fault:
         print(f"fault: {fault}", flush=True)
         faults.append(fault)
-        return ()
+        return None
 
 
 # ==== 7. Synthetic people: voices by source and filter, drawn faces [all ours] ========
@@ -1746,6 +1751,7 @@ class Run:
 
     def __init__(self, cfg):
         self.cfg = cfg
+        cfg.data = str(Path(cfg.data))  # d/ becomes d, which --resume compares
         self.folder = Path(cfg.out)
         self.device = find_device(cfg.device)
         if RANK == 0 and cfg.data == SYNTHETIC and not Path(cfg.data).exists():
@@ -1753,7 +1759,6 @@ class Run:
         if WORLD_SIZE > 1:  # a day: the others wait while the first makes data or tests
             distributed.init_process_group(timeout=datetime.timedelta(days=1))
         self.corpus = open_corpus(cfg.data, {"train": cfg.batch, "val": 2, "test": 2})
-        cfg.data = str(Path(cfg.data))  # d/ becomes d, which --resume compares
         # Both are only saved, so that --resume can compare them.
         cfg.processes = WORLD_SIZE
         cfg.people = len(self.corpus["train"].names)
@@ -1805,7 +1810,7 @@ class Run:
         first = self.step * WORLD_SIZE + RANK
         numbers = range(first, self.cfg.steps * WORLD_SIZE, WORLD_SIZE)  # of batches
         batches = load_batches(pairs, numbers, self.cfg.workers, self.device)
-        # At the end of numbers zip stops without asking for a batch.
+        # numbers first: zip stops at their end, where load_batches would find nobody.
         for number, (speech, faces, _) in zip(numbers, batches):
             rng = make_rng(seed * 10**7 + number)  # torch uses 32 bits of it
             yield number // WORLD_SIZE + 1, rng, speech, faces
@@ -1829,7 +1834,8 @@ class Run:
         texts = [f"{name} {value} " for name, value in line.items()]
         print(*texts, f"{left:.0f} s left", flush=True)
         self.lines.append(json.dumps(line) + "\n")
-        with (self.folder / "log.jsonl").open("a") as file:
+        path = self.folder / "log.jsonl"
+        with explain(f"{path}: cannot be written"), path.open("a") as file:
             file.write(self.lines[-1])
         self.step = step
         self.sums.clear()
@@ -1867,11 +1873,13 @@ def load_checkpoint(path, command, device):
     return state
 
 
-def load_model(path, command, device):
-    """The trained networks of a checkpoint, in eval mode."""
+def load_model(path, command, device, size=None):
+    """The trained networks of a checkpoint, for faces of this size, in eval mode."""
     state = load_checkpoint(path, command, device)
     settings = state["settings"]
     cfg = argparse.Namespace(**settings.get("stage_one", settings))
+    if size and cfg.size != size:
+        raise UserError(f"{path}: has --size {cfg.size}, {size} is needed")
     with explain(f"{path}: of another version of this file; train anew"):
         model = Model(cfg, device, settings.get("width"))
         model.load_state_dict(state["model"])
@@ -1983,12 +1991,8 @@ def main(argv):
         cfg = parse(argv)
         function, _ = COMMANDS[cfg.command]
         return function(cfg) or 0
-    except UserError as error:
+    except (UserError, OSError) as error:
         problem = error
-    except OSError as error:
-        problem = error
-        if not error.filename:  # a full disk names no file
-            problem = f"{error}: {getattr(cfg, 'out', '')}"
     except KeyboardInterrupt:
         print("voice2face: stopped; --resume continues a training", file=sys.stderr)
         return 130
