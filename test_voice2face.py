@@ -1091,6 +1091,7 @@ def test_check_data_lists_each_fault_and_all_that_is_unused(tmp_path, capsys):
     out = capsys.readouterr().out
     for fault in FAULTS.split():
         assert len(re.findall(f"fault: .*{fault}", out)) == 1, fault
+    assert re.search("train: 12 identities, 16 recordings .*, 16 images", out)
     assert "\n10 faults" in out
     assert out.count("not used: 1 files */*/*/*.") == 4
     assert "not used: 2 files */*.jpg, such as" in out

@@ -27,7 +27,7 @@ Symbols
     s       speech                (B, T)        waveforms, 16 kHz, in [-1, 1]
     f       faces, real, fake     (B, 3, H, W)  images, RGB, in [-1, 1]
             speech_emb, face_emb  (B, D)        embeddings S(speech), F(faces)
-    c, fe   c, fe                 (N, D)        the same in tests; c is a condition
+    c, fe   c, fe                 (N, D)        in tests: c is a condition, fe any scale
     c+, c-  c_pos, c_neg          (B, D)        c of the face's own voice, of another
     z       z                     (B, D)        Gaussian noise
     phi     phi                   (B, D)        face embeddings by D's copy of F
@@ -47,11 +47,11 @@ Sources
 
 Where this differs from the paper most (the rest is tagged [ours] where it stands; the
 README has the edits that undo most of them, and their measured effects)
-    - Our text of the paper lacks its appendices and Eq. 1 and 3 to 6: sizes come from
-      the cited sources and the losses from the prose (see `gan_loss`).
-    - The preset `small`, for two CPU cores: 1.5 s of speech in training (6 s in tests),
-      64x64 pixels, a sinc layer of stride 8, narrower layers, synthetic people. The
-      preset `paper` has the sizes of the paper and its sources.
+    - Our text of the paper lacks its appendices, the numbers of Tables 1 to 3, and
+      Eq. 1 and 3 to 6: sizes come from the cited sources, the losses from the prose.
+    - The preset `small`, for two CPU cores: 1.5 s of speech in training (6 s in tests,
+      where shorter speech is repeated), 64x64 pixels, a sinc layer of stride 8, fewer
+      channels, synthetic people. `paper` has the sizes of the paper and its sources.
     - Embeddings are L2-normalised to length 3.5, so Eq. 1 is a softmax of cosines with
       temperature 0.08. Without it F-V, which is not trained, is worse.
     - Waveforms get zero mean and rms 1: offset and loudness are the microphone's.
@@ -472,7 +472,8 @@ def gan_loss(loss_name, c_pos, c_neg, out_x, out_y):
         Eq. 5, "relid":  g_rel = g(x, c+) - g(y, c+) + <c+, phi(x)> - <c-, phi(x)>
 
     The terms that Eq. 5 adds keep D asking who fits whom, which phi would forget [paper
-    §3.2]. That all terms share one sigmoid, and are swapped for G, is our reading.
+    §3.2]. It is our reading that all terms share one sigmoid, and that the added terms
+    are of the generated face in G's loss, of the real one in D's.
     """
     phi_x, psi_x = out_x
     phi_y, psi_y = out_y
@@ -485,9 +486,9 @@ def gan_loss(loss_name, c_pos, c_neg, out_x, out_y):
 def r1_penalty(discriminator, real, c):
     """R1 without gamma/2: E |grad_f g(f, c)|^2, -> () [R1].
 
-    The gradient is that of the batch's sum, in one backward pass. As psi sees the std
-    of the batch, it holds what a face does to the other logits, too: two thirds of the
-    penalty, by the last weights of the default with seed 1.
+    Row i of the gradient is that of all logits in the batch with respect to face i.
+    Those of other faces depend on face i by psi's std over the batch alone. By the last
+    weights of the default with seed 1 they make two thirds of the penalty.
     """
     real = real.detach().requires_grad_(True)
     phi, psi = discriminator(real)
@@ -626,7 +627,7 @@ def match_train(cfg):
 
         run.log(step, loss=loss, accuracy=100 * top1(logits).mean())
         if run.is_due(step, cfg.eval_every):
-            metrics = validate(model, {}, run, step, cfg.runs)
+            metrics = validate(model, {}, run, step, cfg.runs)  # no generators yet
             model.train()
             # 2-way where fewer than 10 people validate
             score = metrics.get(f"{cfg.direction}/10", metrics[f"{cfg.direction}/2"])
@@ -690,7 +691,7 @@ def gan_train(cfg):
 
         # Real scores are those of D's step [ours]: anew they cost 8 % of a step.
         d_real = [x.detach() for x in d_real]
-        d_fake = discriminator(fake)  # the updated D, without DDP: it gets no gradients
+        d_fake = discriminator(fake)  # the updated D; no DDP, as D gets no gradients
         loss_g = gan_loss(cfg.loss, c_pos, c_neg, d_fake, d_real)  # Eq. 6
         g_optimizer.zero_grad()
         loss_g.backward(inputs=list(generator.parameters()))  # no gradients for D
@@ -813,7 +814,7 @@ def table_3(queries, gallery, seed):
 
     queries (N, D) are of generated faces, gallery (N, D) of the real faces of the same
     people, both before L2 normalisation [ours], so that the distances differ. At most
-    GALLERY random people serve as both.
+    GALLERY random people, with an image each, serve as both [ours].
     """
     chosen = torch.randperm(len(gallery), generator=make_rng(seed))[:GALLERY]  # (R,)
     queries = queries[chosen]  # (R, D)
@@ -838,7 +839,7 @@ def score_faces(c, fe, kind, genders, seed):
     scores = k_way(c, unit[kind], genders, seed)
     if kind == "real":
         return scores
-    if kind == "other":  # QTA 2's second experiment: how often ours beat the other's
+    if kind == "other":  # QTA 2's second experiment: percent that prefer ours
         scores["preferred"] = preferred(c, unit["generated"], unit["other"])
     else:
         scores["preferred"] = preferred(c, unit[kind], unit["real"])
@@ -855,12 +856,12 @@ def score_faces(c, fe, kind, genders, seed):
 def oracle_scores(people, genders, seed):
     """The best K-way scores that can be expected: of one who knows all true factors.
 
-    The candidate with the largest p(v, f) / (p(v) p(f)) is most often the right one.
-    For standard normals v and f of correlation r its logarithm is
+    By Bayes the candidate with the largest p(f | v) / p(f) is most likely right, in both
+    directions. For standard normals v and f of correlation r its logarithm is
 
-        const + a v f - b v^2 - b f^2 with a = r / (1 - r^2), b = r a / 2.
+        const + a v f - b v^2 - b f^2 with a = r / (1 - r^2), b = r a / 2:
 
-    This is the inner product <(a v, -b v^2, 1), (f, 1, -b f^2)>, summed over the three
+    the inner product of (a v, -b v^2, 1) and (f, 1, -b f^2), summed over the three
     linked factors. The other gender is impossible.
     """
     r = float(people[0]["link"])
@@ -1280,9 +1281,9 @@ def read_audio(path):
         if header.getsampwidth() != 2:
             raise wave.Error("not 16-bit")
         frame = np.dtype(("<i2", (header.getnchannels(),)))
-        # The size in the header may be 0 or wrong. So all is read, from the first
-        # sample to the end of the file, unless the name of another chunk (four
-        # letters) or of a tag stands where that size ends.
+        # wave.open has read the header, so file is at the first sample. The size told
+        # there may be 0 or wrong. It is right if the name of another chunk (four
+        # letters) or of a tag follows; otherwise all is sound, to the end of the file.
         raw = file.read()
         size = header.getnframes() * frame.itemsize
         if size and re.match(rb"[\w ]{4}|ID3|TAG", raw[size : size + 4]):
@@ -1494,6 +1495,7 @@ def check_split(split, faults):
             files.update([recording, *images])
             speech = attempt(faults, read_audio, recording)
             if speech is None:
+                seconds.append(0)
                 continue
             seconds.append(len(speech) / SAMPLE_RATE)
             for moment in set(images.values()):
@@ -1620,7 +1622,7 @@ def face_ellipses(face, mouth):
     eye = 0.13 - 0.06 * age
     rim = 0.16 + 0.05 * face["glasses"]
     ellipses = [
-        (dark_hair, 0, 0.08, 0 if male else width + 0.2, 0.72),  # long hair
+        (dark_hair, 0, 0.08, 0 if male else width + 0.2, 0.72),  # women's long hair
         (CLOTHES, 0, 1.22, 0.35 + 0.85 * build, 0.7),
         (shade, 0, 0.5, 0.11 + 0.22 * build, 0.36),  # neck
         (hair, 0, -0.15, width + 0.07, height),
@@ -1810,9 +1812,10 @@ class Run:
         first = self.step * WORLD_SIZE + RANK
         numbers = range(first, self.cfg.steps * WORLD_SIZE, WORLD_SIZE)  # of batches
         batches = load_batches(pairs, numbers, self.cfg.workers, self.device)
-        # numbers first: zip stops at their end, where load_batches would find nobody.
+        # numbers first: with none left (a finished run is resumed) zip stops before it
+        # asks load_batches, which would find too few people.
         for number, (speech, faces, _) in zip(numbers, batches):
-            rng = make_rng(seed * 10**7 + number)  # torch uses 32 bits of it
+            rng = make_rng(seed * 10**7 + number)  # apart, up to 10^7 batches
             yield number // WORLD_SIZE + 1, rng, speech, faces
 
     def is_due(self, step, every):
@@ -1876,7 +1879,7 @@ def load_checkpoint(path, command, device):
 def load_model(path, command, device, size=None):
     """The trained networks of a checkpoint, for faces of this size, in eval mode."""
     state = load_checkpoint(path, command, device)
-    settings = state["settings"]
+    settings = state["settings"]  # gan-train's have stage_one and width, for G
     cfg = argparse.Namespace(**settings.get("stage_one", settings))
     if size and cfg.size != size:
         raise UserError(f"{path}: has --size {cfg.size}, {size} is needed")
@@ -1997,6 +2000,7 @@ def main(argv):
         print("voice2face: stopped; --resume continues a training", file=sys.stderr)
         return 130
     except (MemoryError, RuntimeError) as error:
+        # "(.DataLoader": the message begins with it
         if not re.search(
             r"MemoryError|allocate memory|\(.DataLoader|ProcessPool", repr(error)
         ):
