@@ -856,7 +856,7 @@ def score_faces(c, fe, kind, genders, seed):
 def oracle_scores(people, genders, seed):
     """The best K-way scores that can be expected: of one who knows all true factors.
 
-    By Bayes the candidate with the largest p(f | v) / p(f) is most likely right, in both
+    By Bayes the candidate with the largest p(f | v) / p(f) is likeliest right, in both
     directions. For standard normals v and f of correlation r its logarithm is
 
         const + a v f - b v^2 - b f^2 with a = r / (1 - r^2), b = r a / 2:
