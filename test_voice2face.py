@@ -889,7 +889,7 @@ def test_a_window_is_any_that_spares_the_moment(moment, first, last, monkeypatch
     monkeypatch.setattr(v, "TIME_GUARD", 3)
     rng = seeded()
     monkeypatch.setattr(v, "is_silent", lambda x: False)
-    parts = v.spare_moment("", range(20), moment)
+    parts = v.exclude_moment("", range(20), moment)
     found = {v.sample_window(parts, 5, rng) for _ in range(400)}
     assert found == {range(i, i + 5) for i in range(first, last + 1)}
 
@@ -978,7 +978,7 @@ def test_speech_only_at_the_faces_time_is_a_fault():
     x = np.zeros(48000)
     x[20000:28000] = noise(8000)
     with pytest.raises(v.UserError, match="silent or under 0.5 s beside .* 1.5 s"):
-        v.spare_moment("", x, 1.5)
+        v.exclude_moment("", x, 1.5)
 
 
 def test_a_window_is_no_pause(tmp_path):

@@ -1255,7 +1255,7 @@ def list_pairs(identity):
     one recording of its folder; otherwise the moment is None.
     """
     pairs = []
-    all_images = {}  # all images of the identity
+    all_images = {}  # of the identity
     for clip in list_folders(identity):
         files = sorted(Path(identity, clip).iterdir())
         files = [file for file in files if file.name[0] != "."]
@@ -1295,7 +1295,7 @@ def read_audio(path):
         return torchaudio.functional.resample(x, rate, SAMPLE_RATE).numpy()
 
 
-def spare_moment(path, x, moment):
+def exclude_moment(path, x, moment):
     """The parts of speech x (T,) from before and after an image's moment (s), or [x].
 
     Speech and face come from different time frames [paper §4]: TIME_GUARD is left out
@@ -1343,7 +1343,7 @@ def load_speech(path, seconds, rng, moment=None):
     Shorter speech is repeated, longer cut at random [paper §4]. Raises UserError where
     there is too little speech, or hardly a sound in it.
     """
-    parts = spare_moment(path, read_audio(path), moment)
+    parts = exclude_moment(path, read_audio(path), moment)
     length = round(seconds * SAMPLE_RATE)
     for _ in range(100):  # [ours]
         window = sample_window(parts, length, rng)
@@ -1499,7 +1499,7 @@ def check_split(split, faults):
                 continue
             seconds.append(len(speech) / SAMPLE_RATE)
             for moment in set(images.values()):
-                attempt(faults, spare_moment, recording, speech, moment)
+                attempt(faults, exclude_moment, recording, speech, moment)
             times += [moment for moment in images.values() if moment is not None]
     counts = f"{len(split.names)} identities, {len(seconds)} recordings"
     counts += f" ({sum(seconds) / 3600:.2f} h), {len(files) - len(seconds)} images"
