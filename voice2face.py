@@ -27,7 +27,7 @@ Symbols
     s       speech                (B, T)        waveforms, 16 kHz, in [-1, 1]
     f       faces, real, fake     (B, 3, H, W)  images, RGB, in [-1, 1]
             speech_emb, face_emb  (B, D)        embeddings S(speech), F(faces)
-    c, fe   c, fe                 (N, D)        in tests: c is a condition, fe any scale
+    c, fe   c, fe                 (N, D)        in tests; c is also the condition of G
     c+, c-  c_pos, c_neg          (B, D)        c of the face's own voice, of another
     z       z                     (B, D)        Gaussian noise
     phi     phi                   (B, D)        face embeddings by D's copy of F
@@ -101,7 +101,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 SAMPLE_RATE = 16000  # samples per second of every waveform [PASE]
 EMBED_DIM = 128  # D [paper §3.2]
 RANK = int(os.environ.get("RANK") or 0)  # of this process, set by torchrun
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE") or 1)
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE") or 1)  # processes, set by torchrun
 SILENCE = 1e-4  # std of samples in [-1, 1] that counts as silence [ours]
 
 
@@ -805,7 +805,7 @@ def cosine_distances(c, fe, genders, seed):
 
 
 def pearson(x, y):
-    """Pearson correlation along dim 0: (n,) -> () or (n, E) -> (E,)."""
+    """Pearson correlation along dim 0: (n,) -> () or (n, E) -> (E,); 0 if constant."""
     return F.cosine_similarity(x - x.mean(0), y - y.mean(0), dim=0)
 
 
@@ -845,7 +845,7 @@ def score_faces(c, fe, kind, genders, seed):
         scores["preferred"] = preferred(c, unit[kind], unit["real"])
     distances = cosine_distances(c, unit[kind], genders, seed)
     for couples, (cd_c, cd_fe) in distances.items():
-        if len(cd_c) < 2:
+        if len(cd_c) < 2:  # too few for a correlation
             continue
         scores[f"qta1/{couples}/c"] = cd_c.mean().item()
         scores[f"qta1/{couples}/face"] = cd_fe.mean().item()
@@ -1099,9 +1099,7 @@ def report(judge, generators, split, cfg, control=None):
     """Test; write OUT/metrics.json; print and return the scores as tables."""
     metrics, table = evaluate(judge, generators, split, cfg, cfg.runs)
     table["paper"] = PAPER_RESULTS
-    caption = (
-        "{data}/{split}: {people} people, {left_out} left out; ± std of {runs} runs"
-    )
+    caption = "{data}/{split}: {people} people, {left_out} left out; {runs} runs, ± std"
     text = caption.format(**metrics) + "\n\n" + make_table(table)
     if control:
         text += make_table(control)
@@ -1345,9 +1343,9 @@ def load_speech(path, seconds, rng, moment=None):
     """
     parts = exclude_moment(path, read_audio(path), moment)
     length = round(seconds * SAMPLE_RATE)
-    for _ in range(100):  # [ours]
+    for _ in range(100):  # tries to draw a window that is no pause [ours]
         window = sample_window(parts, length, rng)
-        if not is_silent(window):  # no pause
+        if not is_silent(window):
             break
     return np.resize(window, length)  # repeats it up to this length
 
@@ -1458,7 +1456,7 @@ def load_batches(pairs, numbers, workers, device):
 def check_data(args):
     """Read all files of a corpus; print what it holds, what is unused or wrong."""
     corpus = open_corpus(args.folder, dict.fromkeys(SPLITS, args.k))
-    unused_rows = set(corpus["test"].labels)  # less those found below
+    unused_rows = set(corpus["test"].labels)  # names, without those found below
     used = {Path(args.folder, "labels.csv")}
     faults = []
     for split in corpus.values():
@@ -1521,7 +1519,7 @@ def attempt(faults, function, *args):
 
 # ==== 7. Synthetic people: voices by source and filter, drawn faces [all ours] ========
 
-LINK = 0.72  # correlation of voice and face: chosen so that F-V is near the paper's
+LINK = 0.72  # correlation of voice and face, chosen for an F-V near the paper's 88 %
 LINKED = ("age", "tract", "build")  # and gender, which voice and face share wholly
 VOICE_FACTORS = ("gender", "voice_age", "voice_tract", "voice_build")
 FACTORS = ("gender", *LINKED, "glasses", "hair", "skin", "background", "tilt")
@@ -1724,8 +1722,8 @@ def make_data(args):
             writer.writerows(rows)
         try:
             unfinished.rename(data)
-        except OSError:
-            raise UserError(f"{data}: cannot be made, or another process made it")
+        except OSError as error:
+            raise UserError(f"{data}: cannot be made: {error.strerror}") from error
     print(f"{data}: {args.identities} identities")
 
 
@@ -1815,7 +1813,8 @@ class Run:
         # numbers first: with none left (a finished run is resumed) zip stops before it
         # asks load_batches, which would find too few people.
         for number, (speech, faces, _) in zip(numbers, batches):
-            rng = make_rng(seed * 10**7 + number)  # apart, up to 10^7 batches
+            # 10^7 batches a seed; torch's generator takes only 32 bits of this number.
+            rng = make_rng(seed * 10**7 + number)
             yield number // WORLD_SIZE + 1, rng, speech, faces
 
     def is_due(self, step, every):
@@ -1980,7 +1979,7 @@ def parse(argv):
     _, settings = COMMANDS[cfg.command]
     for flag, (default, *_) in settings.items():
         value = getattr(cfg, flag.lstrip("-").replace("-", "_"))
-        least = 1 if type(default) is int and default > 0 else 0  # counts: 1
+        least = 1 if type(default) is int and default > 0 else 0  # 1 for counts
         if type(value) in (int, float) and not least <= value < 2**32:
             raise UserError(f"{flag} {value}: allowed are {least} to 2^32 - 1")
     return cfg
@@ -2000,7 +1999,7 @@ def main(argv):
         print("voice2face: stopped; --resume continues a training", file=sys.stderr)
         return 130
     except (MemoryError, RuntimeError) as error:
-        # "(.DataLoader": the message begins with it
+        # ( and . match what repr puts before DataLoader's message: a bracket, a quote.
         if not re.search(
             r"MemoryError|allocate memory|\(.DataLoader|ProcessPool", repr(error)
         ):
